@@ -1,0 +1,59 @@
+"""The one table of names that resolve to code in other packages, imported on first use.
+
+The core imports neither the runtime, the pipelines nor the feature store: it names them here as strings.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from mlfuncs.errors import MissingExtra, NotFound
+
+# name -> ("package.module:attribute", the extra that brings what it needs)
+ADAPTERS: dict[str, tuple[str, str]] = {
+    "target:process": ("mlfuncs_runtime.process_target:ProcessTarget", ""),
+    "target:docker": ("mlfuncs_runtime.docker_target:DockerTarget", "docker"),
+    "target:knative": ("mlfuncs_runtime.kubernetes_target:KnativeTarget", "kubernetes"),
+    "target:kubernetes": ("mlfuncs_runtime.kubernetes_target:KubernetesTarget", "kubernetes"),
+    "target:nuclio": ("mlfuncs_runtime.nuclio_target:NuclioTarget", "nuclio"),
+    "pipelines:component": ("mlfuncs_pipelines.components:to_component", "pipelines"),
+    "pipelines:tracing": ("mlfuncs_pipelines.components:is_tracing", "pipelines"),
+    "cli:pipeline": ("mlfuncs_pipelines.cli:pipeline", "pipelines"),
+    "cli:features": ("mlfuncs_featurestore.cli:features", "featurestore"),
+    "features:reader": ("mlfuncs_featurestore.serving:FeatureReader", "featurestore"),
+}
+
+# public name of the facade -> "package.module:attribute" and its extra
+FACADE: dict[str, tuple[str, str]] = {
+    "pipeline": ("mlfuncs_pipelines.pipeline:pipeline", "pipelines"),
+    "Pipeline": ("mlfuncs_pipelines.pipeline:Pipeline", "pipelines"),
+    "Entity": ("mlfuncs_featurestore:Entity", "featurestore"),
+    "FeatureView": ("mlfuncs_featurestore:FeatureView", "featurestore"),
+    "FeatureService": ("mlfuncs_featurestore:FeatureService", "featurestore"),
+    "Aggregation": ("mlfuncs_featurestore:Aggregation", "featurestore"),
+    "Expectation": ("mlfuncs_featurestore:Expectation", "featurestore"),
+    "FeatureStore": ("mlfuncs_featurestore:FeatureStore", "featurestore"),
+    "feature_view": ("mlfuncs_featurestore:feature_view", "featurestore"),
+    "on_demand": ("mlfuncs_featurestore:on_demand", "featurestore"),
+}
+
+
+def load(name: str) -> Any:
+    """The object that the table names. Raises NotFound for an unknown name, MissingExtra when its extra is absent."""
+    if name not in ADAPTERS:
+        raise NotFound("adapter", name, ADAPTERS)
+    return resolve(*ADAPTERS[name], what=name)
+
+
+def resolve(path: str, extra: str, what: str) -> Any:
+    """The attribute at "package.module:attribute"; a missing third-party module becomes MissingExtra."""
+    module_name, _, attribute = path.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as exc:
+        ours = (exc.name or "").split(".")[0].startswith("mlfuncs")
+        if extra and not ours:
+            raise MissingExtra(f"{what} ({exc.name})", extra) from exc
+        raise
+    return getattr(module, attribute)

@@ -1,0 +1,105 @@
+"""Ed25519 signatures (RFC 8032) over bundles and pickled artifacts.
+
+A project signs with its own private key, kept in `home/keys`; a reader verifies against the keys in the *reader's*
+settings, never against a key that came with the object.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlfuncs.errors import SpecError, UntrustedError
+from mlfuncs.settings import Settings, ensure_home
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+_SCHEME = "ed25519"
+
+
+def sha256_hex(payload: bytes) -> str:
+    """The SHA-256 digest of `payload` as 64 hex digits."""
+    return hashlib.sha256(payload).hexdigest()
+
+
+@dataclass(frozen=True)
+class SigningKey:
+    """A private key; `public` is its public half as "ed25519:<base64>"."""
+
+    _private: Ed25519PrivateKey
+    public: str
+
+    def sign(self, payload: bytes) -> str:
+        """The signature of `payload` as "<public key> <base64 signature>"."""
+        return f"{self.public} {base64.b64encode(self._private.sign(payload)).decode()}"
+
+
+@dataclass(frozen=True)
+class KeyRing:
+    """The public keys ("ed25519:<base64>") whose signatures are believed."""
+
+    public_keys: frozenset[str]
+
+    def verify(self, payload: bytes, signature: str | None, what: str) -> None:
+        """Return when `signature` is a trusted key's over `payload`. Raises UntrustedError, naming `what`, otherwise."""
+        from cryptography.exceptions import InvalidSignature
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+        if not signature:
+            raise UntrustedError(f"{what} is not signed; it was not loaded. Build it again with this project's key")
+        public, _, encoded = signature.partition(" ")
+        if public not in self.public_keys:
+            raise UntrustedError(
+                f"{what} is signed by a key that is not trusted here ({public}); it was not loaded. "
+                "Add the key to MLFUNCS_TRUSTED_KEYS if you trust its owner"
+            )
+        try:
+            raw = base64.b64decode(public.removeprefix(_SCHEME + ":"), validate=True)
+            Ed25519PublicKey.from_public_bytes(raw).verify(base64.b64decode(encoded, validate=True), payload)
+        except (InvalidSignature, ValueError) as exc:
+            raise UntrustedError(f"{what} does not match its signature: it was changed after signing; not loaded") from exc
+
+
+def project_key(settings: Settings) -> SigningKey:
+    """The project's private key, made on first use (atomically, readable by its owner only)."""
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    path = ensure_home(settings) / "keys" / f"{settings.project}.pem"
+    if not path.exists():
+        pem = Ed25519PrivateKey.generate().private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+        _create_once(path, pem)
+    private = serialization.load_pem_private_key(path.read_bytes(), password=None)
+    if not isinstance(private, Ed25519PrivateKey):
+        raise SpecError(f"{path} is not an Ed25519 key; move it away and a new one is made")
+    raw = private.public_key().public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
+    return SigningKey(private, f"{_SCHEME}:{base64.b64encode(raw).decode()}")
+
+
+def key_ring(settings: Settings) -> KeyRing:
+    """The keys trusted under `settings`: the project's own and those in `trusted_keys`."""
+    others = {key.strip() for key in settings.trusted_keys.split(",") if key.strip()}
+    return KeyRing(frozenset({project_key(settings).public} | others))
+
+
+def _create_once(path: Path, content: bytes) -> None:
+    """Write `path` whole or not at all; when another process was first, its content stays."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return
+    finally:
+        os.unlink(temporary)

@@ -1,0 +1,1 @@
+"""Kubeflow components, compiler front, local engine and Kubeflow client."""

@@ -1,0 +1,1 @@
+"""What runs a function: worker, router, autoscaler, supervisor, and the targets they serve."""
