@@ -40,11 +40,15 @@ _CORE = {
 
 __all__ = sorted([*_CORE, *_FACADE])
 
-if TYPE_CHECKING:
-    from mlfuncs.errors import MlfuncsError
-    from mlfuncs.decorator import Function, function
-    from mlfuncs.settings import Settings, read_settings
-    from mlfuncs.spec import Batch, Resources, Scale
+if TYPE_CHECKING:  # for editors and type checkers; `as` marks a name as exported
+    from mlfuncs.decorator import Function as Function
+    from mlfuncs.decorator import function as function
+    from mlfuncs.errors import MlfuncsError as MlfuncsError
+    from mlfuncs.settings import Settings as Settings
+    from mlfuncs.settings import read_settings as read_settings
+    from mlfuncs.spec import Batch as Batch
+    from mlfuncs.spec import Resources as Resources
+    from mlfuncs.spec import Scale as Scale
 
 
 def __getattr__(name: str) -> Any:

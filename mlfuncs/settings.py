@@ -150,5 +150,7 @@ def _coerce(name: str, value: Any, kind: str) -> Any:
         try:
             return int(value)
         except (TypeError, ValueError):
-            raise SpecError(f"setting {name} must be a whole number, not {value!r}; set {PREFIX}{name.upper()}") from None
+            raise SpecError(
+                f"setting {name} must be a whole number, not {value!r}; set {PREFIX}{name.upper()}"
+            ) from None
     return str(value)

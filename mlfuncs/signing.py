@@ -47,7 +47,7 @@ class KeyRing:
     public_keys: frozenset[str]
 
     def verify(self, payload: bytes, signature: str | None, what: str) -> None:
-        """Return when `signature` is a trusted key's over `payload`. Raises UntrustedError, naming `what`, otherwise."""
+        """Return when a trusted key signed `payload`; else raise UntrustedError, naming `what`."""
         from cryptography.exceptions import InvalidSignature
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
@@ -63,7 +63,9 @@ class KeyRing:
             raw = base64.b64decode(public.removeprefix(_SCHEME + ":"), validate=True)
             Ed25519PublicKey.from_public_bytes(raw).verify(base64.b64decode(encoded, validate=True), payload)
         except (InvalidSignature, ValueError) as exc:
-            raise UntrustedError(f"{what} does not match its signature: it was changed after signing; not loaded") from exc
+            raise UntrustedError(
+                f"{what} does not match its signature: it was changed after signing; not loaded"
+            ) from exc
 
 
 def project_key(settings: Settings) -> SigningKey:

@@ -101,7 +101,9 @@ class Scale:
         _require(self.target is None or self.target > 0, f"scale.target must be above 0, not {self.target!r}")
         _require(self.metric in ("concurrency", "rps"), f"scale.metric is 'concurrency' or 'rps', not {self.metric!r}")
         _require(self.window_s >= 1, f"scale.window_s must be at least 1 s, not {self.window_s!r}")
-        _require(self.scale_down_delay_s >= 0, f"scale.scale_down_delay_s must be >= 0, not {self.scale_down_delay_s!r}")
+        _require(
+            self.scale_down_delay_s >= 0, f"scale.scale_down_delay_s must be >= 0, not {self.scale_down_delay_s!r}"
+        )
         _require(self.grace_s >= 0, f"scale.grace_s must be 0 or more, not {self.grace_s!r}")
         _require(self.buffer >= 0, f"scale.buffer must be 0 or more, not {self.buffer!r}")
         _require(0 <= self.initial <= self.max, f"scale.initial must be between 0 and scale.max, not {self.initial!r}")
@@ -141,7 +143,9 @@ class FunctionSpec:
         _require(self.retries >= 0, f"retries must be 0 or more, not {self.retries!r}")
         for key, value in self.env.items():
             _require(bool(_ENV_NAME.fullmatch(key)), f"env name {key!r} is not an environment variable name")
-            _require(isinstance(value, str), f"env {key!r} must be text, not {type(value).__name__}: write {str(value)!r}")
+            _require(
+                isinstance(value, str), f"env {key!r} must be text, not {type(value).__name__}: write {str(value)!r}"
+            )
         for secret in self.secrets:
             _require(bool(_ENV_NAME.fullmatch(secret)), f"secret name {secret!r} must look like DB_PASSWORD")
             _require(secret not in self.env, f"{secret!r} is in both env and secrets; keep it in secrets")
@@ -188,7 +192,9 @@ def _check_requirements(requirements: tuple[str, ...]) -> None:
             Requirement(line)
         except InvalidRequirement as exc:
             reason = str(exc).splitlines()[0]
-            raise SpecError(f"requirement {line!r} is not PEP 508: {reason}; write it like 'scikit-learn>=1.5'") from exc
+            raise SpecError(
+                f"requirement {line!r} is not PEP 508: {reason}; write it like 'scikit-learn>=1.5'"
+            ) from exc
 
 
 def _require(holds: bool, message: str) -> None:
