@@ -8,7 +8,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from mlfuncs.errors import NotFound
+from mlfuncs.errors import NotFound, SpecError
 from mlfuncs.registry.database import Database
 from mlfuncs.registry.schema import canonical
 from mlfuncs.registry.schema import definitions as table
@@ -38,7 +38,12 @@ class Definitions:
         return self.put_all([(kind, name, body)])[0]
 
     def put_all(self, documents: list[tuple[str, str, Any]]) -> list[Definition]:
-        """Like `put` for several (kind, name, body), all of them or none."""
+        """Like `put` for several (kind, name, body), all of them or none. Raises SpecError for a body not JSON."""
+        for kind, name, body in documents:
+            try:
+                canonical(body)
+            except (TypeError, ValueError) as exc:
+                raise SpecError(f"the definition of {kind} {name!r} is not a JSON document: {exc}") from exc
         return self._database.write(lambda c: [self._put(c, *document) for document in documents])
 
     def get(self, kind: str, name: str, version: int | None = None) -> Definition:
