@@ -1,0 +1,119 @@
+"""The types that a callable's annotations mean, wherever they were written.
+
+`from __future__ import annotations` turns every annotation into text. The text is evaluated in the callable's module,
+then in its closure, then among the names that stood around it when it was decorated (types local to a function).
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import functools
+import inspect
+import sys
+import types
+import typing
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from mlfuncs.errors import SignatureError
+
+# names of types local to a function, seen when the function inside was decorated
+_SURROUNDINGS: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
+_MAX_FRAMES = 32  # how far up the stack a decorator's caller is looked for
+
+
+def callable_of(target: Any) -> Callable[..., Any]:
+    """The plain function (or method) that a call of `target` reaches; for a class, its `__call__`.
+
+    Raises SignatureError when a class has no `__call__`, or `target` cannot be called.
+    """
+    target = getattr(target, "target", target) if type(target).__name__ == "Function" else target
+    if inspect.isclass(target):
+        method = target.__dict__.get("__call__") or getattr(target, "__call__", None)  # noqa: B004
+        if not inspect.isroutine(method) or isinstance(method, types.MethodWrapperType):
+            raise SignatureError(
+                f"class {target.__qualname__} cannot be called per request; write def __call__(self, ...) in it"
+            )
+        return typing.cast("Callable[..., Any]", method)
+    if not callable(target):
+        raise SignatureError(f"{target!r} cannot be called; give a function or a class with __call__")
+    return typing.cast("Callable[..., Any]", target)
+
+
+def remember_surroundings(target: Any) -> None:
+    """Keep the local types that `target`'s text annotations name, while the caller's frame still has them."""
+    function = _innermost(callable_of(target))
+    texts = [note for note in getattr(function, "__annotations__", {}).values() if isinstance(note, str)]
+    if not texts or "<locals>" not in getattr(function, "__qualname__", ""):
+        return
+    known = _namespace(function)
+    wanted = {name for text in texts for name in _names_in(text)} - set(known) - set(vars(builtins))
+    found: dict[str, Any] = {}
+    frame = sys._getframe(1)
+    for _ in range(_MAX_FRAMES):
+        found.update({name: frame.f_locals[name] for name in wanted - set(found) if name in frame.f_locals})
+        if frame.f_back is None or not wanted - set(found):
+            break
+        frame = frame.f_back
+    if found:
+        _SURROUNDINGS[function] = found
+
+
+def resolved_hints(target: Any) -> dict[str, Any]:
+    """Parameter name (and "return") to its type, with every text annotation evaluated.
+
+    A pickle of a function keeps its annotations but not the names that their text needs: whoever ships a function by
+    value ships this dict too and puts it back as `__annotations__`. Raises SignatureError, naming the parameter.
+    """
+    function = _innermost(callable_of(target))
+    if inspect.isclass(function):
+        return {}
+    namespace = _namespace(function)
+    hints: dict[str, Any] = {}
+    for name, note in getattr(function, "__annotations__", {}).items():
+        hints[name] = _resolve(name, note, namespace)
+    return hints
+
+
+def _resolve(name: str, note: Any, namespace: Mapping[str, Any]) -> Any:
+    holder = types.SimpleNamespace(__annotations__={name: note})
+    try:
+        return typing.get_type_hints(holder, dict(namespace), include_extras=True)[name]
+    except NameError as exc:
+        raise SignatureError(
+            f"the annotation {note!r} of {name!r} names {exc.name!r}, which is not defined when the function runs; "
+            "import it at the top of the module, outside `if TYPE_CHECKING`"
+        ) from exc
+    except (TypeError, SyntaxError, AttributeError) as exc:
+        raise SignatureError(f"the annotation {note!r} of {name!r} is not a type: {exc}") from exc
+
+
+def _innermost(function: Any) -> Any:
+    while isinstance(function, functools.partial):
+        function = function.func
+    function = inspect.unwrap(function)
+    if not inspect.isroutine(function) and not inspect.isclass(function):
+        function = type(function).__call__
+    return getattr(function, "__func__", function)
+
+
+def _namespace(function: Any) -> dict[str, Any]:
+    names = dict(getattr(function, "__globals__", {}))
+    code = getattr(function, "__code__", None)
+    for name, cell in zip(getattr(code, "co_freevars", ()), getattr(function, "__closure__", None) or (), strict=False):
+        try:
+            names[name] = cell.cell_contents
+        except ValueError:  # the enclosing function has not bound the name yet
+            continue
+    with contextlib.suppress(TypeError):  # a builtin that cannot be referenced weakly has no surroundings
+        names.update(_SURROUNDINGS.get(function, {}))
+    return names
+
+
+def _names_in(text: str) -> set[str]:
+    try:
+        return set(compile(text, "<annotation>", "eval").co_names)
+    except SyntaxError:
+        return set()
