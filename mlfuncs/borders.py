@@ -78,12 +78,12 @@ class Border:
         try:
             return self.read(value)
         except (ValueError, TypeError, OverflowError) as exc:
-            message = f"should be a {self.name}: {exc}"
+            message = f"should be {self.name}: {exc}"
             raise PydanticCustomError("border", "{message}", {"message": message}) from exc
 
     def _from_python(self, value: Any) -> Any:
         if not isinstance(value, self.kind):
-            message = f"should be a {self.name}, not {type(value).__name__}"
+            message = f"should be {self.name}, not {type(value).__name__}"
             raise PydanticCustomError("border", "{message}", {"message": message})
         if self.check is not None:
             try:
@@ -96,7 +96,7 @@ class Border:
         if self.write is None:
             raise SignatureError(self.advice())
         if not isinstance(value, self.kind):
-            raise ValueError(f"expected a {self.name}, got {type(value).__name__}")
+            raise ValueError(f"expected {self.name}, got {type(value).__name__}")
         return self.write(value)
 
 
@@ -127,7 +127,7 @@ class _Adapter:
             return Any
         origin, args = typing.get_origin(annotation), typing.get_args(annotation)
         if origin is typing.Annotated:
-            return typing.Annotated[(self.adapt(args[0]), *annotation.__metadata__)]  # type: ignore[return-value]
+            return typing.Annotated[(self.adapt(args[0]), *annotation.__metadata__)]
         if origin is typing.Literal:
             return _literal(annotation, args)
         border = _border_of(origin or annotation, args)
@@ -209,7 +209,8 @@ class _Record:
 
 def object_type(name: str, shape: Mapping[str, Any]) -> Any:
     """A TypedDict that refuses members it does not name, and floats that are not finite."""
-    made: Any = typing_extensions.TypedDict(name, dict(shape))  # type: ignore[operator]
+    make: Any = typing_extensions.TypedDict
+    made = make(name, dict(shape))
     made.__pydantic_config__ = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
     return made
 
@@ -241,9 +242,9 @@ def _border_of(cls: Any, args: tuple[Any, ...]) -> Border | None:
         return Border(*border)
     figure = sys.modules.get("matplotlib.figure")
     if figure is not None and issubclass(cls, figure.Figure):
-        return Border(cls, "matplotlib figure", {"type": "string", "format": "data-url"}, None, _write_figure)
+        return Border(cls, "a matplotlib figure", {"type": "string", "format": "data-url"}, None, _write_figure)
     if hasattr(cls, "fit") and hasattr(cls, "get_params"):
-        return Border(cls, f"{cls.__name__} (an estimator)", {}, None, None)
+        return Border(cls, f"a {cls.__name__} (an estimator)", {}, None, None)
     return None
 
 
@@ -259,7 +260,7 @@ def _known(cls: type) -> bool:
 
 
 def _unknown(cls: type) -> Border:
-    return Border(cls, f"{cls.__name__} object", {}, None, None)
+    return Border(cls, f"a {cls.__name__} object", {}, None, None)
 
 
 def _read_base64(value: Any) -> bytes:

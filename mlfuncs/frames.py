@@ -34,14 +34,14 @@ def describe(cls: type, args: tuple[Any, ...]) -> Description | None:
     if numpy is not None and issubclass(cls, numpy.generic):
         return _scalar(cls)
     if pandas is not None and issubclass(cls, pandas.DataFrame):
-        return cls, "table (pandas)", _TABLE_SCHEMA, _read_pandas, _write_pandas, None
+        return cls, "a table (pandas)", _TABLE_SCHEMA, _read_pandas, _write_pandas, None
     if pandas is not None and issubclass(cls, pandas.Series):
-        return cls, "list of values", {"type": "array"}, _read_series, lambda value: plain(value), None
+        return cls, "a list of values", {"type": "array"}, _read_series, lambda value: plain(value), None
     if polars is not None and issubclass(cls, polars.DataFrame):
         read = lambda value: polars.DataFrame(_columns(value), strict=True)  # noqa: E731
-        return cls, "table (polars)", _TABLE_SCHEMA, read, lambda value: plain(value.to_dict(as_series=False)), None
+        return cls, "a table (polars)", _TABLE_SCHEMA, read, lambda value: plain(value.to_dict(as_series=False)), None
     if arrow is not None and issubclass(cls, arrow.Table):
-        return cls, "table (pyarrow)", _TABLE_SCHEMA, _read_arrow, lambda value: plain(value.to_pydict()), None
+        return cls, "a table (pyarrow)", _TABLE_SCHEMA, _read_arrow, lambda value: plain(value.to_pydict()), None
     return None
 
 
@@ -114,7 +114,7 @@ def _array(cls: type, dtype: Any) -> Description:
         if dtype is not None and not numpy.can_cast(value.dtype, dtype, "safe"):
             raise ValueError(f"should be an array of {dtype}, not of {value.dtype}; convert it with .astype({dtype!s})")
 
-    return cls, "array", schema, lambda value: read_array(value, dtype), lambda value: plain(value), check
+    return cls, "an array", schema, lambda value: read_array(value, dtype), lambda value: plain(value), check
 
 
 def read_array(value: Any, dtype: Any = None) -> Any:
@@ -145,7 +145,15 @@ def _check_kinds(kinds: set[type], dtype: Any) -> None:
         raise ValueError("an object is not an array element")
     if len(kinds) > 1 and kinds != {int, float}:
         raise ValueError("elements are of mixed types: " + ", ".join(sorted(_json_name(kind) for kind in kinds)))
-    allowed = {"b": {bool}, "i": {int}, "u": {int}, "f": {int, float}, "c": {int, float}, "U": {str}, "M": {str}}
+    allowed: dict[str, set[type]] = {
+        "b": {bool},
+        "i": {int},
+        "u": {int},
+        "f": {int, float},
+        "c": {int, float},
+        "U": {str},
+        "M": {str},
+    }
     if dtype is not None and dtype.kind in allowed and not kinds <= allowed[dtype.kind]:
         names = ", ".join(sorted(_json_name(kind) for kind in kinds))
         raise ValueError(f"elements should be {dtype}, not {names}")

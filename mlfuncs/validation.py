@@ -52,7 +52,7 @@ class Reader:
         if self._model is not None and not self._is_named(body):
             return {self._model.name: self._read_whole(body)}
         try:
-            return self._validate(body, strict=True, extra=self._extra)  # type: ignore[no-any-return]
+            return self._validate(body, strict=True, extra=self._extra)
         except ValidationError as exc:
             raise invalid_input(self._what, exc, self._named_schema) from None
 

@@ -48,11 +48,10 @@ def _message(detail: Any, name: str, known: list[str]) -> str:
         return str(message)
     if kind == "dict_type" and not detail["loc"]:
         return f"should be an object of the named parameters, not {_show(detail['input'])}"
-    message = (
-        message.removeprefix("Input ").removeprefix("should be a valid ").removeprefix("should be an instance of ")
-    )
-    if message != detail["msg"].removeprefix("Input "):
-        message = f"should be {_article(message)}"
+    message = message.removeprefix("Input ")
+    noun = message.removeprefix("should be a valid ").removeprefix("should be an instance of ")
+    if noun != message:
+        message = f"should be {_article(noun)}"
     message = message[:1].lower() + message[1:]
     return f"{message}, not {_show(detail['input'])}"
 
