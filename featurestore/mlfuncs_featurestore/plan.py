@@ -9,7 +9,7 @@ import html
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from mlfuncs_featurestore.definitions import Definition, Entity, FeatureView
+from mlfuncs_featurestore.definitions import Definition, Entity, FeatureView, OnDemandView
 
 CREATE, UPDATE, UNCHANGED = "create", "update", "unchanged"
 
