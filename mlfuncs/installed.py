@@ -1,0 +1,198 @@
+"""What is installed in this interpreter: import names to distributions, versions, and what they need in turn.
+
+Reading the metadata of every distribution takes tens of milliseconds, so the table is kept in `home/locks` until one of
+the folders on the import path changes.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import sys
+import sysconfig
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from packaging.markers import default_environment
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import InvalidVersion, Version
+
+from mlfuncs.files import write_atomically
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """One installed distribution: `requires` are its PEP 508 lines, `origin` a VCS requirement it came from or ""."""
+
+    name: str
+    version: str
+    requires: tuple[str, ...]
+    imports: tuple[str, ...]  # top-level import names
+    origin: str = ""
+
+    @property
+    def pin(self) -> str:
+        """The PEP 508 line that asks for exactly this: "name==version", or where it came from."""
+        return self.origin or f"{self.name}=={self.version.partition('+')[0]}"
+
+
+class Installed:
+    """The installed distributions by canonical name."""
+
+    def __init__(self, distributions: Iterable[Distribution], stamp: str = "") -> None:
+        self.stamp = stamp  # changes when a distribution is installed, upgraded or removed
+        self._by_name = {canonicalize_name(d.name): d for d in distributions}
+        self._by_import: dict[str, list[Distribution]] = {}
+        for distribution in self._by_name.values():
+            for name in distribution.imports:
+                self._by_import.setdefault(name, []).append(distribution)
+
+    def all(self) -> list[Distribution]:
+        """Every distribution, by name."""
+        return sorted(self._by_name.values(), key=lambda d: d.name.lower())
+
+    def get(self, name: str) -> Distribution | None:
+        """The distribution of that name, or None."""
+        return self._by_name.get(canonicalize_name(name))
+
+    def providing(self, module: str) -> list[Distribution]:
+        """The distributions that may provide a dotted module; for a shared namespace those that hold that very path."""
+        found = self._by_import.get(module.partition(".")[0], [])
+        if len(found) < 2:
+            return found
+        path = module.replace(".", "/")
+        exact = [d for d in found if _holds(d.name, path)]
+        return exact or found
+
+    def satisfies(self, requirement: Requirement) -> bool:
+        """Whether the installed version meets a requirement. A URL requirement is met only by the same origin."""
+        distribution = self.get(requirement.name)
+        if distribution is None:
+            return False
+        if requirement.url:
+            return distribution.origin.endswith(requirement.url)
+        try:
+            return requirement.specifier.contains(Version(distribution.version), prereleases=True)
+        except InvalidVersion:
+            return False
+
+    def resolve(self, requirements: Iterable[Requirement]) -> dict[str, str] | None:
+        """The pins, by name, that meet `requirements` and what these need in turn; None when one is not met here."""
+        pins: dict[str, str] = {}
+        waiting = list(requirements)
+        seen: set[tuple[str, frozenset[str]]] = set()
+        while waiting:
+            requirement = waiting.pop()
+            if not _applies(requirement, ()):
+                continue
+            if not self.satisfies(requirement):
+                return None
+            distribution = self._by_name[canonicalize_name(requirement.name)]
+            key = (canonicalize_name(requirement.name), frozenset(requirement.extras))
+            if key in seen:
+                continue
+            seen.add(key)
+            pins[key[0]] = distribution.pin
+            for line in distribution.requires:
+                if not requirement.extras and "extra ==" in line:
+                    continue  # parsing it is most of the work, and it cannot apply
+                needed = _parse(line)
+                if needed is not None and _applies(needed, requirement.extras):
+                    needed.marker = None
+                    waiting.append(needed)
+        return pins
+
+
+def installed(home: Path | None = None) -> Installed:
+    """The distributions of this interpreter; with `home`, remembered there from process to process."""
+    stamp = _stamp()
+    return _installed(stamp, None if home is None else home / "locks" / f"installed-{stamp}.json")
+
+
+@functools.lru_cache(maxsize=4)
+def _installed(stamp: str, cache: Path | None) -> Installed:
+    if cache is not None and cache.exists():
+        try:
+            rows = json.loads(cache.read_text())
+            return Installed((_from_row(row) for row in rows), stamp)
+        except (ValueError, TypeError, KeyError, OSError):
+            pass  # an unreadable cache is made again
+    distributions = _scan()
+    if cache is not None:
+        write_atomically(cache, json.dumps([vars(d) for d in distributions]).encode())
+    return Installed(distributions, stamp)
+
+
+def _from_row(row: dict[str, Any]) -> Distribution:
+    return Distribution(**{**row, "requires": tuple(row["requires"]), "imports": tuple(row["imports"])})
+
+
+def _stamp() -> str:
+    """Changes when a distribution is installed, upgraded or removed."""
+    parts = [sys.version, sysconfig.get_platform(), sys.prefix]
+    for folder in sys.path:
+        if "site-packages" in folder or "dist-packages" in folder:
+            try:
+                parts.append(f"{folder}:{os.stat(folder).st_mtime_ns}")
+            except OSError:
+                continue
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _scan() -> list[Distribution]:
+    by_distribution: dict[str, set[str]] = {}
+    for name, owners in importlib.metadata.packages_distributions().items():
+        for owner in owners:
+            by_distribution.setdefault(canonicalize_name(owner), set()).add(name)
+    found: dict[str, Distribution] = {}
+    for item in importlib.metadata.distributions():
+        name = item.metadata["Name"]
+        if not name or canonicalize_name(name) in found:  # the first on the path is the one that is imported
+            continue
+        imports = tuple(sorted(by_distribution.get(canonicalize_name(name), ())))
+        found[canonicalize_name(name)] = Distribution(
+            name, item.version, tuple(item.requires or ()), imports, _origin(name, item)
+        )
+    return list(found.values())
+
+
+def _origin(name: str, item: importlib.metadata.Distribution) -> str:
+    text = item.read_text("direct_url.json")
+    if not text:
+        return ""
+    try:
+        values = json.loads(text)
+        vcs = values.get("vcs_info")
+        return f"{name} @ {vcs['vcs']}+{values['url']}@{vcs['commit_id']}" if vcs else ""
+    except (ValueError, KeyError, TypeError):
+        return ""
+
+
+@functools.lru_cache(maxsize=1024)
+def _holds(name: str, path: str) -> bool:
+    files = importlib.metadata.files(name) or []
+    return any(str(file).startswith((path + "/", path + ".")) for file in files)
+
+
+def _parse(line: str) -> Requirement | None:
+    try:
+        return Requirement(line)
+    except InvalidRequirement:
+        return None
+
+
+def _applies(requirement: Requirement, extras: Iterable[str]) -> bool:
+    if requirement.marker is None:
+        return True
+    return any(requirement.marker.evaluate({**_markers(), "extra": extra}) for extra in (*extras, ""))
+
+
+@functools.cache
+def _markers() -> dict[str, Any]:
+    return dict(default_environment())

@@ -1,0 +1,146 @@
+"""Code for machines: a callable as bytes that rebuild it in another process, through cloudpickle.
+
+What cloudpickle leaves out is added here: hints as the types they name, `mlfuncs` functions by value, cached functions,
+and NewType and TypedDict definitions of a script. What it would read from disk (open files) is refused earlier.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import io
+import pickle
+import sys
+import threading
+import types
+import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import cloudpickle
+
+from mlfuncs.closure import init_context_of, is_by_value
+from mlfuncs.decorator import Function
+from mlfuncs.errors import BundleError
+from mlfuncs.source import resolved_hints
+from mlfuncs.spec import FunctionSpec
+
+_registering = threading.RLock()  # cloudpickle's list of by-value modules belongs to the whole process
+
+
+def pack(target: Any, by_value: frozenset[str]) -> bytes:
+    """`target` as pickle bytes; what `by_value` modules define goes in whole. Raises BundleError."""
+    buffer = io.BytesIO()
+    packed = {"target": target, "init_context": init_context_of(target)}
+    with _registering, _registered(by_value):
+        try:
+            CodePickler(buffer, by_value).dump(packed)
+        except (TypeError, pickle.PicklingError, AttributeError, ValueError, NotImplementedError) as exc:
+            name = getattr(target, "__name__", repr(target))
+            raise BundleError(f"function {name!r} cannot be packed: {exc}") from exc
+    return buffer.getvalue()
+
+
+def unpack(code: bytes) -> Any:
+    """The callable that `pack` wrote. Runs code: only for bytes whose signature was checked."""
+    packed = pickle.loads(code)
+    target, init = packed["target"], packed["init_context"]
+    if init is not None:
+        target.__globals__.setdefault("init_context", init)
+    return target
+
+
+@contextmanager
+def _registered(by_value: frozenset[str]) -> Iterator[None]:
+    modules = [sys.modules[name] for name in by_value if name in sys.modules]
+    before = cloudpickle.list_registry_pickle_by_value()
+    mine = [module for module in modules if module.__name__ not in before]
+    for module in mine:
+        cloudpickle.register_pickle_by_value(module)
+    try:
+        yield
+    finally:
+        for module in mine:
+            cloudpickle.unregister_pickle_by_value(module)
+
+
+class CodePickler(cloudpickle.Pickler):
+    """cloudpickle's pickler, told how to treat hints, our functions, caches and named types."""
+
+    def __init__(self, file: io.BytesIO, by_value: frozenset[str]) -> None:
+        super().__init__(file)
+        self.by_value = by_value
+
+    def reducer_override(self, obj: Any) -> Any:
+        kind = type(obj)
+        if kind is types.FunctionType:
+            return self._reduce_function(obj)
+        if kind is Function:
+            if not is_by_value(obj, self.by_value):
+                return NotImplemented
+            return _new_function, (), (obj.target, obj.spec), None, None, _fill_function
+        if kind is functools._lru_cache_wrapper:
+            if not is_by_value(obj, self.by_value):
+                return NotImplemented
+            return _make_cached, (obj.__wrapped__, obj.cache_parameters())
+        if kind is typing.NewType and obj.__module__ in self.by_value:
+            return typing.NewType, (obj.__name__, obj.__supertype__)
+        if kind is types.ModuleType and obj.__name__ in self.by_value:
+            return cloudpickle.cloudpickle.subimport, (obj.__name__,)
+        if isinstance(obj, type):
+            return self._reduce_class(obj)
+        return super().reducer_override(obj)
+
+    def _reduce_function(self, function: types.FunctionType) -> Any:
+        names = function.__globals__
+        # the module's own facts without its path, which says nothing in another place unless the code reads it
+        facts = {key: names[key] for key in ("__name__", "__package__", "__path__") if key in names}
+        self.globals_ref.setdefault(id(names), facts)
+        reduced = super().reducer_override(function)
+        if isinstance(reduced, tuple):
+            reduced[2][1]["__annotations__"] = resolved_hints(function)
+        return reduced
+
+    def _reduce_class(self, cls: type) -> Any:
+        if typing.is_typeddict(cls) and is_by_value(cls, self.by_value):
+            return _make_typed_dict, (cls.__name__, resolved_hints(cls), cls.__total__, cls.__module__)  # type: ignore[attr-defined]
+        reduced = super().reducer_override(cls)
+        if not isinstance(reduced, tuple) or len(reduced) < 3:
+            return reduced
+        attributes = reduced[2][0]
+        hints = resolved_hints(cls)
+        if hints:
+            attributes["__annotations__"] = hints
+        fields = attributes.get("__dataclass_fields__")
+        if fields:
+            attributes["__dataclass_fields__"] = {n: _with_type(f, hints.get(n, f.type)) for n, f in fields.items()}
+        return reduced
+
+
+def _with_type(field: dataclasses.Field[Any], hint: Any) -> dataclasses.Field[Any]:
+    if field.type is hint:
+        return field
+    field = copy.copy(field)
+    field.type = hint
+    return field
+
+
+def _new_function() -> Function[Any, Any]:
+    return Function.__new__(Function)
+
+
+def _fill_function(made: Function[Any, Any], state: tuple[Any, FunctionSpec]) -> None:
+    Function.__init__(made, *state)
+
+
+def _make_cached(function: Any, parameters: dict[str, Any]) -> Any:
+    return functools.lru_cache(**parameters)(function)
+
+
+def _make_typed_dict(name: str, hints: dict[str, Any], total: bool, module: str) -> Any:
+    maker: Any = typing.TypedDict
+    made = maker(name, hints, total=total)
+    made.__module__ = module
+    return made

@@ -1,0 +1,245 @@
+"""What a callable's code says about itself: the names, imports, hints and source text that it uses.
+
+Facts only: what to pack by value is decided in closure.py, and the user's own modules are found in siblings.py.
+"""
+
+from __future__ import annotations
+
+import ast
+import dis
+import functools
+import inspect
+import linecache
+import os
+import site
+import sys
+import sysconfig
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+OWN_PACKAGES = frozenset({"mlfuncs", "mlfuncs_runtime", "mlfuncs_pipelines", "mlfuncs_featurestore"})
+_GLOBAL_OPS = frozenset({"LOAD_GLOBAL", "STORE_GLOBAL", "DELETE_GLOBAL", "LOAD_NAME"})
+_HINT_ERRORS = (NameError, TypeError, AttributeError, SyntaxError, ValueError, KeyError, IndexError)
+
+
+@dataclass(frozen=True)
+class CodeNames:
+    """What a code object and the ones inside it name: globals, and imports as (module, names, level)."""
+
+    globals: tuple[str, ...]
+    imports: tuple[tuple[str, tuple[str, ...], int], ...]
+    names: frozenset[str]  # every name and attribute, to find submodules used as `package.module.thing`
+
+
+@dataclass(frozen=True)
+class Snippet:
+    """The text of one function or class as written: the file it is from and its first line, counted from 1."""
+
+    filename: str
+    first_line: int
+    text: str
+
+
+@functools.lru_cache(maxsize=4096)
+def code_names(code: types.CodeType) -> CodeNames:
+    """The global names and imports of `code`, nested functions included, in a fixed order."""
+    names: dict[str, None] = {}
+    imports: dict[tuple[str, tuple[str, ...], int], None] = {}
+    everything: set[str] = set()
+    for part in walk_code(code):
+        everything.update(part.co_names)
+        constants: list[Any] = []
+        for step in dis.get_instructions(part):
+            if step.opname in _GLOBAL_OPS:
+                names[step.argval] = None
+            elif step.opname in ("LOAD_CONST", "LOAD_SMALL_INT"):
+                constants.append(step.argval)
+            elif step.opname == "IMPORT_NAME":
+                level, wanted = constants[-2:]
+                imports[(step.argval, tuple(wanted or ()), level)] = None
+    return CodeNames(tuple(sorted(names)), tuple(sorted(imports)), frozenset(everything))
+
+
+def walk_code(code: types.CodeType) -> Iterator[types.CodeType]:
+    """`code` and every code object inside it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from walk_code(constant)
+
+
+def imported_modules(code: types.CodeType, package: str) -> set[str]:
+    """The modules that `code` may import, absolute; `from a import b` gives both `a` and `a.b`."""
+    found: set[str] = set()
+    for name, wanted, level in code_names(code).imports:
+        found |= absolute_imports(name, wanted, level, package)
+    return found
+
+
+def absolute_imports(name: str, wanted: tuple[str, ...], level: int, package: str) -> set[str]:
+    """Absolute module names of one import statement inside `package`.
+
+    >>> sorted(absolute_imports("", ("clean",), 1, "shop"))
+    ['shop', 'shop.clean']
+    """
+    if level:
+        base = package.rsplit(".", level - 1)[0] if level > 1 else package
+        name = f"{base}.{name}".strip(".") if name else base
+    return {name} | {f"{name}.{item}" for item in wanted if item != "*"} if name else set()
+
+
+def resolved_hints(owner: Any) -> dict[str, Any]:
+    """The annotations of a function or class with text turned into the types it names, where it can be.
+
+    Each hint is resolved alone: one that names something that does not exist here stays text.
+    """
+    own = inspect.get_annotations(owner)
+    if not own:
+        return {}
+    names, local = hint_namespace(owner)
+    resolved = {}
+    for key, hint in own.items():
+        holder = type("Hints", (), {"__annotations__": {key: hint}})
+        try:
+            resolved[key] = typing.get_type_hints(holder, names, local, include_extras=True)[key]
+        except _HINT_ERRORS:
+            resolved[key] = hint
+        if hint is None:
+            resolved[key] = None
+    return resolved
+
+
+def hint_namespace(owner: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The global and local names in which the annotations of a function or class are written."""
+    if isinstance(owner, type):
+        module = sys.modules.get(owner.__module__)
+        names: Mapping[str, Any] = getattr(module, "__dict__", {})
+        local = {owner.__name__: owner}
+        for method in own_methods(owner):
+            names = method.__globals__
+            local |= _cells(method)
+        return dict(names), local
+    from mlfuncs.hints import _namespace  # with the types local to a function that its decorator saw
+
+    return _namespace(owner), {}
+
+
+def own_methods(owner: type) -> list[types.FunctionType]:
+    """The functions written in a class's body, not the ones that a library generated into it."""
+    functions = [getattr(value, "__func__", value) for value in vars(owner).values()]
+    return [
+        function
+        for function in functions
+        if isinstance(function, types.FunctionType)
+        and function.__globals__.get("__name__") == owner.__module__
+        and not function.__code__.co_filename.startswith("<string>")
+    ]
+
+
+def _cells(function: types.FunctionType) -> dict[str, Any]:
+    pairs = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    return {name: value for name, cell in pairs if name != "__class__" and (value := cell_value(cell)) is not EMPTY}
+
+
+EMPTY = object()
+
+
+def cell_value(cell: types.CellType) -> Any:
+    """What a closure cell holds, or EMPTY."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return EMPTY
+
+
+@functools.cache
+def installed_folders() -> tuple[str, ...]:
+    """The folders of the standard library and of installed packages; code elsewhere is the user's own."""
+    paths = sysconfig.get_paths()
+    folders = {paths[key] for key in ("stdlib", "platstdlib", "purelib", "platlib")}
+    folders.update(site.getsitepackages() if hasattr(site, "getsitepackages") else ())
+    folders.add(site.getusersitepackages())
+    both = {Path(folder) for folder in folders} | {Path(folder).resolve() for folder in folders}
+    return tuple(sorted(f"{folder}{os.sep}" for folder in both))
+
+
+def is_installed_path(path: str) -> bool:
+    """Whether a file belongs to the standard library or to an installed package."""
+    parts = Path(path).parts
+    return "site-packages" in parts or "dist-packages" in parts or path.startswith(installed_folders())
+
+
+def snippet_of(target: Any) -> Snippet | None:
+    """The source of a function or class as its file or cell has it, or None when nobody kept it."""
+    if isinstance(target, type):
+        return _class_snippet(target)
+    code = target.__code__
+    lines = linecache.getlines(code.co_filename)
+    if not 0 < code.co_firstlineno <= len(lines):
+        return None
+    try:
+        block = inspect.getblock(lines[code.co_firstlineno - 1 :])
+    except (SyntaxError, IndentationError):
+        return None
+    return Snippet(code.co_filename, code.co_firstlineno, "".join(block))
+
+
+def _class_snippet(target: type) -> Snippet | None:
+    module = sys.modules.get(target.__module__)
+    files = [method.__code__.co_filename for method in own_methods(target)] + [getattr(module, "__file__", None) or ""]
+    for filename in dict.fromkeys(files):
+        lines = linecache.getlines(filename)
+        node = _find_class("".join(lines), target.__qualname__) if lines else None
+        if node is not None:
+            first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+            return Snippet(filename, first, "".join(lines[first - 1 : node.end_lineno]))
+    return None
+
+
+def _find_class(text: str, qualname: str) -> ast.ClassDef | None:
+    tree = _parse(text)
+    found: ast.AST | None = tree
+    for name in qualname.split("."):
+        if name == "<locals>" or found is None:
+            continue
+        kinds = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        found = next((n for n in ast.walk(found) if isinstance(n, kinds) and n.name == name and n is not found), None)
+    return found if isinstance(found, ast.ClassDef) else None
+
+
+@functools.lru_cache(maxsize=64)
+def _parse(text: str) -> ast.Module | None:
+    try:
+        return ast.parse(text)
+    except (SyntaxError, ValueError):
+        return None
+
+
+def git_commit(folder: Path) -> str:
+    """The commit that a checkout around `folder` is at, or "" outside git. Reads files; runs nothing."""
+    for place in (folder, *folder.parents):
+        git = place / ".git"
+        if git.exists():
+            return _read_head(git)
+    return ""
+
+
+def _read_head(git: Path) -> str:
+    try:
+        if git.is_file():  # a worktree or submodule
+            git = (git.parent / git.read_text().removeprefix("gitdir:").strip()).resolve()
+        head = (git / "HEAD").read_text().strip()
+        if not head.startswith("ref:"):
+            return head
+        name = head.removeprefix("ref:").strip()
+        common = git / (git / "commondir").read_text().strip() if (git / "commondir").exists() else git
+        if (common / name).exists():
+            return (common / name).read_text().strip()
+        packed = (common / "packed-refs").read_text().splitlines()
+    except (OSError, UnicodeDecodeError):
+        return ""
+    return next((line.split()[0] for line in packed if line.endswith(" " + name)), "")
