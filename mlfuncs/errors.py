@@ -21,6 +21,7 @@
     ├── SecretMissing               500  a named secret has no value here
     ├── SchemaTooNew                409  the registry was written by a newer mlfuncs
     ├── StorageError                500  a directory or file cannot be written
+    ├── HandlerFailed               500  a served function raised; the request id finds the traceback in the log
     ├── RunFailed                   500  a tracked run raised; carries the run's id
     └── DeployFailed                500  a revision did not become ready; the old one still serves
 
@@ -196,6 +197,10 @@ class SchemaTooNew(MlfuncsError):
 
 class StorageError(MlfuncsError):
     """A directory or file cannot be read or written."""
+
+
+class HandlerFailed(MlfuncsError):
+    """A served function raised, or returned what its hints do not allow; the traceback is in the log only."""
 
 
 class RunFailed(MlfuncsError):
