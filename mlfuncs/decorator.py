@@ -44,6 +44,10 @@ class Function(Generic[P, R]):
         functools.update_wrapper(self, target, updated=())
         self.target = target
         self.spec = spec
+        if inspect.isclass(target):
+            from mlfuncs.pickling import register_class
+
+            register_class(self)
 
     if TYPE_CHECKING:
 
@@ -69,8 +73,10 @@ class Function(Generic[P, R]):
     def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[Any, ...]:
         return (self.target,)
 
-    def __reduce__(self) -> str:
-        return self.target.__qualname__
+    def __reduce__(self) -> Any:
+        from mlfuncs.pickling import reduce_function
+
+        return reduce_function(self)
 
     def __repr__(self) -> str:
         return f"<mlfuncs function {self.spec.name!r}{inspect.signature(self.target)}>"
