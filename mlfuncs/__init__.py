@@ -34,6 +34,7 @@ _CORE = {
     "log_params": "mlfuncs.tracking",
     "read_settings": "mlfuncs.settings",
     "get_run": "mlfuncs.runs",
+    "run": "mlfuncs.runs",
     "list_runs": "mlfuncs.runs",
     "secret": "mlfuncs.secrets",
 }

@@ -109,7 +109,8 @@ class Function(Generic[P, R]):
     def run(self, /, *args: P.args, **kwargs: P.kwargs) -> Run:
         """Call the function as a tracked run in this process and return the finished run.
 
-        Raises RunFailed, from the user's own exception, when it raises. `with_options` changes how it runs.
+        Raises RunFailed, from the user's own exception, when it raises. `ml.run(function, {...}, isolation="process")`
+        gives the run a process of its own, in the function's environment.
         """
         from mlfuncs.runs import run_function
 

@@ -1,0 +1,162 @@
+"""Values on their way into and out of runs: small plain ones as they are, all others as stored artifacts."""
+
+from __future__ import annotations
+
+import datetime
+import enum
+import functools
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from mlfuncs.display import card_html, format_bytes
+
+if TYPE_CHECKING:
+    from mlfuncs.artifacts import ArtifactRef, ArtifactStore
+    from mlfuncs.settings import Settings
+
+PLAIN_CHARACTERS = 16_384  # guess: longer JSON is stored as an artifact instead of a registry row
+_LEAVES = (type(None), bool, int, float, str)
+
+
+class Artifact:
+    """A stored value of a run: known by its digest, loaded when asked, and good as an argument of another run."""
+
+    def __init__(self, ref: ArtifactRef, settings: Settings, hint: Any = None) -> None:
+        self.ref = ref
+        self._settings, self._hint = settings, hint
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the stored bytes."""
+        return self.ref.digest
+
+    @property
+    def kind(self) -> str:
+        """How it is stored: "parquet", "npy", "model", "figure", "json", ..."""
+        return self.ref.kind
+
+    def load(self) -> Any:
+        """The value, read back and checked against its digest; read once, then kept."""
+        return self._value
+
+    @functools.cached_property
+    def _value(self) -> Any:
+        return open_store(self._settings).get(self.ref, hint=self._hint)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Artifact) and other.ref == self.ref
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __repr__(self) -> str:
+        return f"<artifact {self.kind} {self.ref.type_name} {format_bytes(self.ref.size_bytes)} {self.digest[:12]}>"
+
+    def _repr_html_(self) -> str:
+        facts = {"type": self.ref.type_name, "size": format_bytes(self.ref.size_bytes), "digest": self.digest[:12]}
+        if self.kind in ("html", "markdown", "figure", "metrics", "classification_metrics"):
+            shown = self.load()
+            for form in ("_repr_html_", "_repr_svg_"):
+                if hasattr(shown, form):
+                    return str(getattr(shown, form)())
+        return card_html(f"{self.kind} artifact", "", facts)
+
+
+def open_store(settings: Settings) -> ArtifactStore:
+    """The artifact store of `settings`, opened once per process."""
+    return _open_store(settings)
+
+
+@functools.lru_cache(maxsize=8)
+def _open_store(settings: Settings) -> ArtifactStore:
+    from mlfuncs.artifacts import ArtifactStore
+
+    return ArtifactStore.open(settings)
+
+
+def encode(value: Any, hint: Any, settings: Settings) -> dict[str, Any]:
+    """`value` as a JSON-ready document: {"value": ...} for a small plain one, else {"artifact": ref}."""
+    if isinstance(value, Artifact):
+        return {"artifact": value.ref.to_dict()}
+    if is_plain(value):
+        return {"value": value}
+    return {"artifact": open_store(settings).put(value, hint=hint).to_dict()}
+
+
+def decode(document: Mapping[str, Any], hint: Any, settings: Settings) -> Any:
+    """The value that `encode` wrote."""
+    handle = as_handle(document, settings, hint)
+    return handle.load() if isinstance(handle, Artifact) else handle
+
+
+def as_handle(document: Mapping[str, Any], settings: Settings, hint: Any = None) -> Any:
+    """The plain value in the document, or an Artifact that loads it later."""
+    if "artifact" not in document:
+        return document.get("value")
+    from mlfuncs.artifacts import ArtifactRef
+
+    return Artifact(ArtifactRef.from_dict(document["artifact"]), settings, hint)
+
+
+def is_plain(value: Any) -> bool:
+    """Whether the value is small and comes back equal from JSON: None, bool, int, float, text, lists and dicts of them.
+
+    >>> is_plain({"a": [1, 2.5, None]}), is_plain((1, 2)), is_plain({1: "a"})
+    (True, False, False)
+    """
+    if type(value) in _LEAVES:
+        return not isinstance(value, str) or len(value) <= PLAIN_CHARACTERS
+    return _is_plain_tree(value, [1000]) and len(json.dumps(value)) <= PLAIN_CHARACTERS
+
+
+def _is_plain_tree(value: Any, budget: list[int]) -> bool:
+    budget[0] -= 1
+    if budget[0] < 0:
+        return False
+    if type(value) is list:
+        return all(_is_plain_tree(item, budget) for item in value)
+    if type(value) is dict:
+        return all(type(key) is str and _is_plain_tree(item, budget) for key, item in value.items())
+    return type(value) in _LEAVES
+
+
+def describe(value: Any, secrets: Mapping[str, str]) -> Any:
+    """`value` as a parameter is shown: plain values as they are, others as short text; secrets masked."""
+    shown = value if is_plain(value) else _summary(value)
+    if not secrets:
+        return shown
+    from mlfuncs.secrets import Redactor
+
+    return _redact_tree(shown, Redactor(secrets.values()))
+
+
+def _summary(value: Any) -> Any:
+    if isinstance(value, Artifact):
+        return f"artifact:{value.digest[:12]}"
+    if isinstance(value, enum.Enum):
+        return value.value if is_plain(value.value) else str(value)
+    if isinstance(value, datetime.date | datetime.time | pathlib.PurePath):
+        return str(value)
+    item = getattr(value, "item", None)
+    if getattr(value, "shape", None) == () and callable(item):
+        return item()  # a numpy or torch scalar
+    name = type(value).__name__
+    shape = getattr(value, "shape", None)
+    if isinstance(shape, tuple):
+        return f"<{name} {' x '.join(map(str, shape))}>"
+    if hasattr(value, "__len__") and isinstance(value, str | bytes | list | tuple | set | frozenset | dict):
+        return f"<{name} of {len(value)}>" if len(repr(value)) > 200 else repr(value)
+    text = repr(value)
+    return text if len(text) <= 200 else f"<{name}>"
+
+
+def _redact_tree(value: Any, redactor: Any) -> Any:
+    if isinstance(value, str):
+        return redactor.text(value)
+    if isinstance(value, list):
+        return [_redact_tree(item, redactor) for item in value]
+    if isinstance(value, dict):
+        return {redactor.text(key): _redact_tree(item, redactor) for key, item in value.items()}
+    return value
