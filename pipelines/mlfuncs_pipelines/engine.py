@@ -1,0 +1,381 @@
+"""The local engine: runs a pipeline on this machine, its steps in parallel processes.
+
+The control flow is `graph.Scheduler`'s. This module owns what that one must not know: processes, clocks, files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import itertools
+import json
+import os
+import select
+import signal
+import subprocess
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlfuncs.errors import ArtifactError, InvalidInput, MlfuncsError
+from mlfuncs.settings import Settings
+from mlfuncs_pipelines.cache import Key, StepCache, are_intact, stamps_of
+from mlfuncs_pipelines.executor_io import read_outputs
+from mlfuncs_pipelines.graph import Instruction, NodeEnded, RunEnded, RunStep, Scheduler, Step
+from mlfuncs_pipelines.importer import run_importer
+from mlfuncs_pipelines.inputs import Values
+from mlfuncs_pipelines.ir import Pipeline
+from mlfuncs_pipelines.preflight import Plan
+from mlfuncs_pipelines.run_log import PipelineRun, RunLog, StepRecord, finished_steps, from_json, plain, to_json
+from mlfuncs_pipelines.steps import Prepared, cache_key, container_name, make_folder, prepare_step, write_request
+from mlfuncs_pipelines.workers import Exit, Preload, Worker, WorkerPool
+
+_TICK_S = 0.1  # how often logs are looked at while steps run
+_LOCK_POLL_S = 0.05  # how often a step asks whether the same step elsewhere is done
+_KILL_AFTER_S = 5.0  # between SIGTERM and SIGKILL when a run is stopped
+
+
+class Observer:
+    """What is told about a run while it goes on. Every method may be left as it is."""
+
+    def run_started(self, run: PipelineRun) -> None:
+        """The run begins."""
+
+    def step_changed(self, run: PipelineRun, record: StepRecord) -> None:
+        """A step or group started or ended."""
+
+    def step_logged(self, record: StepRecord, text: str) -> None:
+        """A step printed `text` (whole lines)."""
+
+    def run_ended(self, run: PipelineRun) -> None:
+        """The run is over."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run: `parallel` steps at once, cached results used or not, containers by "docker" or "process"."""
+
+    parallel: int = 0  # 0: one per core, at least 4
+    cache: bool = True
+    ignore: frozenset[str] = frozenset()  # inputs that do not count for the cache
+    containers: str = "docker"
+    resume: bool = False
+
+    @property
+    def slots(self) -> int:
+        """How many steps may run at once."""
+        return self.parallel or max(4, os.cpu_count() or 1)
+
+
+@dataclass
+class _Running:
+    prepared: Prepared
+    record: StepRecord
+    worker: Worker
+    spare: bool
+    key: Key | None
+    lock: int | None
+    began: float
+    log_seen: int = 0
+    deadline: float = float("inf")
+    timed_out: bool = False
+
+
+@dataclass
+class Engine:
+    """One run of `pipeline` in `folder`. `plans` come from `preflight.prepare`."""
+
+    pipeline: Pipeline
+    run: PipelineRun
+    plans: Mapping[str, Plan]
+    constants: Mapping[str, str]
+    settings: Settings
+    pool: WorkerPool
+    options: Options = field(default_factory=Options)
+    observers: Sequence[Observer] = ()
+
+    def __post_init__(self) -> None:
+        self._scheduler = Scheduler(self.pipeline, self.run.params, self.constants)
+        self._cache = StepCache(self.settings.home / "pipelines" / "cache")
+        self._ready: deque[Step] = deque()
+        self._delayed: list[tuple[float, int, Step]] = []
+        self._order = itertools.count()
+        self._running: dict[str, _Running] = {}
+        self._blocked: list[tuple[Prepared, Key]] = []
+        self._finished = finished_steps(self.run.folder) if self.options.resume else {}
+        self._log = RunLog(self.run.folder)
+        self._over = False
+        self._poll = select.poll()
+        self._sockets: dict[int, Worker] = {}
+
+    def execute(self) -> PipelineRun:
+        """Run to the end and return the run. KeyboardInterrupt ends the steps, marks the run cancelled, and goes on."""
+        self._log.append("run", pipeline=self.pipeline.name, params=dict(self.run.params), pid=os.getpid())
+        self._tell("run_started", self.run)
+        try:
+            self._obey(self._scheduler.start())
+            while not self._over:
+                self._start_ready()
+                if not self._over:
+                    self._wait()
+        except BaseException as exc:
+            self._stop(exc)
+            raise
+        finally:
+            self._log.close()
+        return self.run
+
+    def _obey(self, instructions: list[Instruction]) -> None:
+        for instruction in instructions:
+            if isinstance(instruction, RunStep):
+                self._enqueue(instruction.step)
+            elif isinstance(instruction, NodeEnded):
+                self._note_end(instruction)
+            else:
+                self._finish(instruction)
+
+    def _enqueue(self, step: Step) -> None:
+        if step.delay_s > 0:
+            heapq.heappush(self._delayed, (time.monotonic() + step.delay_s, next(self._order), step))
+        else:
+            self._ready.append(step)
+
+    def _note_end(self, ended: NodeEnded) -> None:
+        record = self.run.steps.get(ended.id)
+        if record is None:
+            record = StepRecord(ended.id, ended.id.rsplit("/", 1)[-1], "running", is_group=ended.is_group)
+            self.run.steps[ended.id] = record
+        record.status, record.reason = ended.state, ended.reason
+        if ended.is_group or ended.state not in ("succeeded", "failed"):
+            self._log.append("ended", id=ended.id, state=ended.state, reason=ended.reason, group=ended.is_group)
+        self._tell("step_changed", self.run, record)
+
+    def _finish(self, ended: RunEnded) -> None:
+        self._over = True
+        self.run.status = "succeeded" if ended.state == "succeeded" else "failed"
+        self.run.outputs, self.run.error = plain(ended.outputs), ended.reason
+        self.run.duration_s = time.time() - self.run.started
+        self._log.append("done", status=self.run.status, outputs=self.run.outputs, error=ended.reason)
+        self._tell("run_ended", self.run)
+
+    def _start_ready(self) -> None:
+        now = time.monotonic()
+        while self._delayed and self._delayed[0][0] <= now:
+            self._ready.append(heapq.heappop(self._delayed)[2])
+        blocked, self._blocked = self._blocked, []
+        for prepared, key in blocked:
+            self._start_cached(prepared, key)
+        while self._ready and len(self._running) < self.options.slots and not self._over:
+            self._begin(self._ready.popleft())
+
+    def _begin(self, step: Step) -> None:
+        """Answer the step from the journal or the cache, or start its process."""
+        prepared = prepare_step(step, self.plans[step.component.executor], self.run.folder / "steps", self.constants)
+        record = StepRecord(step.id, step.task.name, "running", attempt=step.attempt, inputs=prepared.inputs)
+        record.started, record.log = time.time(), str(prepared.log)
+        record.resources = prepared.plan.spec.get("resources", {})
+        self.run.steps[step.id] = record
+        done = self._finished.get(step.id)
+        if done and are_intact(done["stamps"]):
+            record.resumed = True
+            self._succeed(record, from_json(done["outputs"]))
+        elif prepared.plan.kind == "importer":
+            self._import(prepared, record)
+        else:
+            key = cache_key(prepared) if self.options.cache else None
+            if key is None:
+                self._spawn(prepared, record, None, None)
+            else:
+                ignored = {f"input {name}" for name in self.options.ignore}
+                self._start_cached(prepared, Key({k: v for k, v in key.parts.items() if k not in ignored}))
+
+    def _import(self, prepared: Prepared, record: StepRecord) -> None:
+        try:
+            step = prepared.step
+            outputs = run_importer(prepared.plan.spec, step.component, prepared.inputs, self.constants)
+        except MlfuncsError as exc:
+            self._fail(record, str(exc))
+        else:
+            self._succeed(record, outputs)
+
+    def _start_cached(self, prepared: Prepared, key: Key) -> None:
+        """Use the stored outputs; else run, but only once for any number of equal steps at the same time."""
+        record = self.run.steps[prepared.step.id]
+        lock = self._cache.lock(key)
+        if lock is None:
+            self._blocked.append((prepared, key))
+            return
+        outputs = self._cache.get(key)
+        if outputs is None:
+            self._spawn(prepared, record, key, lock)
+        else:
+            os.close(lock)
+            record.cached = True
+            self._succeed(record, outputs)
+
+    def _spawn(self, prepared: Prepared, record: StepRecord, key: Key | None, lock: int | None) -> None:
+        make_folder(prepared)
+        request = write_request(prepared, self.options.containers, self.run.folder)
+        preload = prepared.plan.preload or _command_preload()
+        worker, spare = self.pool.get(preload), False
+        if worker.error:
+            prepared.error_path.write_text(json.dumps({"traceback": worker.error}), encoding="utf-8")
+            prepared.log.write_text(worker.error, encoding="utf-8")
+            self._release(lock)
+            self._fail(record, f"the step's code cannot be loaded: {worker.error.strip().splitlines()[-1]}")
+            return
+        if not worker.forkable:
+            worker, spare = self.pool.spare(preload), True
+        if worker.socket.fileno() not in self._sockets:
+            self._sockets[worker.socket.fileno()] = worker
+            self._poll.register(worker.socket, select.POLLIN | select.POLLHUP)
+        began = time.monotonic()
+        running = _Running(prepared, record, worker, spare, key, lock, began)
+        if prepared.plan.timeout_s:
+            running.deadline = began + prepared.plan.timeout_s
+        self._running[record.id] = running
+        self._log.append("started", id=record.id, attempt=record.attempt, folder=str(prepared.folder))
+        worker.run(record.id, request)
+        self._tell("step_changed", self.run, record)
+
+    def _wait(self) -> None:
+        """Sleep until a step ends or something is due, then take it in."""
+        timeout = _TICK_S if self._running else 1.0
+        if self._blocked:
+            timeout = _LOCK_POLL_S
+        if self._delayed:
+            timeout = min(timeout, max(0.0, self._delayed[0][0] - time.monotonic()))
+        for descriptor, _ in self._poll.poll(timeout * 1000):
+            worker = self._sockets[descriptor]
+            for ended in worker.receive():
+                self._take(ended)
+            if worker.socket.fileno() < 0 or (not worker.running and _has_hung_up(worker)):
+                self._forget(descriptor)
+        for running in list(self._running.values()):
+            self._follow(running)
+            if time.monotonic() > running.deadline and not running.timed_out:
+                running.timed_out = True
+                running.worker.kill(running.record.id, signal.SIGKILL)
+
+    def _forget(self, descriptor: int) -> None:
+        self._poll.unregister(descriptor)
+        del self._sockets[descriptor]
+
+    def _take(self, ended: Exit) -> None:
+        """A process ended: read its outputs, store them, and tell the scheduler."""
+        running = self._running.pop(ended.step_id)
+        record = running.record
+        self._follow(running)
+        record.duration_s = time.monotonic() - running.began
+        record.max_rss_mib, record.cpu_s = round(ended.max_rss_kib / 1024, 1), round(ended.cpu_s, 4)
+        if running.spare:
+            self._forget(running.worker.socket.fileno())
+            running.worker.close()
+        reason = self._failure(running, ended)
+        outputs = Values()
+        if not reason:
+            try:
+                outputs = read_outputs(running.prepared.step.component, running.prepared.executor_input)
+            except (InvalidInput, ArtifactError) as exc:
+                reason = str(exc)
+        if not reason and running.key is not None:
+            origin = {"pipeline": self.pipeline.name, "run": self.run.id, "step": record.id}
+            self._cache.put(running.key, outputs, origin)
+        self._release(running.lock)
+        if reason:
+            self._fail(record, reason)
+        else:
+            self._succeed(record, outputs)
+
+    def _failure(self, running: _Running, ended: Exit) -> str:
+        """Why the step failed; "" when it did not."""
+        if running.timed_out:
+            return f"it took over {running.prepared.plan.timeout_s:g} s and was stopped; raise its timeout_s"
+        if ended.code == 0 and not ended.signal:
+            return ""
+        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+            error = json.loads(running.prepared.error_path.read_text(encoding="utf-8"))
+            running.record.traceback = error["traceback"]
+            return f"{error['type']}: {error['message']}"
+        if ended.signal == signal.SIGKILL:
+            return "its process was killed (signal 9), as happens when memory runs out"
+        if ended.signal:
+            return f"its process was ended by signal {ended.signal}"
+        return f"its process ended with exit code {ended.code}: {_tail(running.prepared.log)}"
+
+    def _succeed(self, record: StepRecord, outputs: Values) -> None:
+        record.outputs = outputs
+        self._journal(record, "succeeded", outputs=to_json(outputs), stamps=stamps_of(outputs))
+        self._obey(self._scheduler.succeed(record.id, outputs))
+
+    def _fail(self, record: StepRecord, reason: str) -> None:
+        record.status, record.reason = "failed", reason
+        self._journal(record, "failed", reason=reason, traceback=record.traceback)
+        self._obey(self._scheduler.fail(record.id, reason))
+
+    def _journal(self, record: StepRecord, state: str, **fields: Any) -> None:
+        measured = {"duration_s": record.duration_s, "max_rss_mib": record.max_rss_mib, "cached": record.cached}
+        self._log.append("ended", id=record.id, state=state, attempt=record.attempt, **measured, **fields)
+
+    def _follow(self, running: _Running) -> None:
+        """Pass on what the step has printed since the last look."""
+        if not self.observers:
+            return
+        with contextlib.suppress(FileNotFoundError), open(running.prepared.log, "rb") as file:
+            file.seek(running.log_seen)
+            text = file.read()
+            if text:
+                running.log_seen += len(text)
+                self._tell("step_logged", running.record, text.decode(errors="replace"))
+
+    def _stop(self, cause: BaseException) -> None:
+        """End every step, then mark the run."""
+        for running in self._running.values():
+            running.worker.kill(running.record.id, signal.SIGTERM)
+            if running.prepared.plan.kind == "container" and self.options.containers == "docker":
+                subprocess.run(["docker", "rm", "--force", container_name(running.prepared)], capture_output=True)
+        deadline = time.monotonic() + _KILL_AFTER_S
+        while self._running and time.monotonic() < deadline:
+            for descriptor, _ in self._poll.poll(50):
+                for ended in self._sockets[descriptor].receive():
+                    self._running.pop(ended.step_id, None)
+        for running in self._running.values():
+            running.worker.kill(running.record.id, signal.SIGKILL)
+        for record in self.run.steps.values():
+            if record.status == "running":
+                record.status = "cancelled"
+        self.run.status = "cancelled" if isinstance(cause, KeyboardInterrupt) else "failed"
+        self.run.error = "interrupted" if isinstance(cause, KeyboardInterrupt) else f"{type(cause).__name__}: {cause}"
+        self.run.duration_s = time.time() - self.run.started
+        self._log.append("done", status=self.run.status, outputs={}, error=self.run.error)
+        self._tell("run_ended", self.run)
+
+    def _release(self, lock: int | None) -> None:
+        if lock is not None:
+            os.close(lock)
+
+    def _tell(self, method: str, *arguments: Any) -> None:
+        for observer in self.observers:
+            getattr(observer, method)(*arguments)
+
+
+def _command_preload() -> Preload:
+    """A zygote that imports nothing, for commands."""
+    import sys
+
+    return Preload(sys.executable)
+
+
+def _has_hung_up(worker: Worker) -> bool:
+    poll = select.poll()
+    poll.register(worker.socket, select.POLLHUP)
+    return any(event & select.POLLHUP for _, event in poll.poll(0))
+
+
+def _tail(log: Path, lines: int = 3) -> str:
+    with contextlib.suppress(FileNotFoundError):
+        return " / ".join(log.read_text(errors="replace").strip().splitlines()[-lines:])
+    return ""

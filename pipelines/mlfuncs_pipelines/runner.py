@@ -1,0 +1,105 @@
+"""Run a pipeline on this machine: the entry that the SDK, the CLI and the tests share."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import json
+import secrets
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from mlfuncs.errors import NotFound
+from mlfuncs.settings import Settings, ensure_home
+from mlfuncs_pipelines.engine import Engine, Observer, Options
+from mlfuncs_pipelines.inputs import Values, complete
+from mlfuncs_pipelines.ir import Pipeline
+from mlfuncs_pipelines.placeholders import uses
+from mlfuncs_pipelines.preflight import prepare
+from mlfuncs_pipelines.run_log import PipelineRun, read_journal, runs_folder
+from mlfuncs_pipelines.workers import WorkerPool
+
+
+def run_pipeline(
+    pipeline: Pipeline,
+    params: Mapping[str, Any],
+    settings: Settings,
+    options: Options | None = None,
+    observers: Sequence[Observer] = (),
+) -> PipelineRun:
+    """Run `pipeline` with `params` and return the finished run, failed or not.
+
+    Raises InvalidInput for parameters that do not fit and InvalidPipeline with all that is missing, before any step.
+    """
+    ensure_home(settings)
+    run_id = f"{pipeline.name or 'pipeline'}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+    folder = runs_folder(settings) / run_id
+    started = time.time()
+    run = PipelineRun(run_id, pipeline.name, "running", dict(params), folder, started)
+    return _execute(pipeline, run, settings, options or Options(), observers)
+
+
+def resume_run(
+    run_id: str, settings: Settings, options: Options | None = None, observers: Sequence[Observer] = ()
+) -> PipelineRun:
+    """Go on with a run that failed or was killed: steps that ended well are not run again.
+
+    Raises NotFound for an unknown run.
+    """
+    folder = runs_folder(settings) / run_id
+    first = next((event for event in read_journal(folder) if event["event"] == "run"), None)
+    try:
+        documents = json.loads((folder / "pipeline.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        documents = None
+    if first is None or documents is None:
+        raise NotFound("resumable pipeline run", run_id, hint="it ended before its first step; start it anew")
+    pipeline = Pipeline.of(documents["spec"], documents["platform"])
+    run = PipelineRun(run_id, pipeline.name, "running", first["params"], folder, time.time())
+    given = options or Options()
+    resumed = Options(given.parallel, given.cache, given.ignore, given.containers, resume=True)
+    return _execute(pipeline, run, settings, resumed, observers)
+
+
+@functools.cache
+def worker_pool() -> WorkerPool:
+    """The warm processes of this process, ended when it ends."""
+    pool = WorkerPool()
+    atexit.register(pool.close)
+    return pool
+
+
+def _execute(
+    pipeline: Pipeline, run: PipelineRun, settings: Settings, options: Options, observers: Sequence[Observer]
+) -> PipelineRun:
+    complete(Values(dict(run.params)), pipeline.root, f"pipeline {pipeline.name}")  # a wrong value, before any work
+    plans = prepare(pipeline, settings, options.containers)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    body = {"spec": pipeline.spec, "platform": pipeline.platform}
+    (run.folder / "pipeline.json").write_text(json.dumps(body), encoding="utf-8")
+    constants = _constants(pipeline, run.id, run.folder)
+    engine = Engine(pipeline, run, plans, constants, settings, worker_pool(), options, observers)
+    return engine.execute()
+
+
+def _constants(pipeline: Pipeline, run_id: str, folder: Path) -> dict[str, str]:
+    """The values of kfp's run-wide placeholders."""
+    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    constants = {
+        "pipeline_job_name": run_id,
+        "pipeline_job_resource_name": run_id,
+        "pipeline_job_uuid": str(uuid.uuid5(uuid.NAMESPACE_URL, run_id)),  # the same when the run is resumed
+        "pipeline_root": str(folder),
+        "pipeline_job_create_time_utc": now,
+        "pipeline_job_schedule_time_utc": now,
+    }
+    kubernetes = pipeline.platform.get("platforms", {}).get("kubernetes", {})
+    if "workspace" in kubernetes.get("pipelineConfig", {}) or uses(dict(pipeline.spec), "workspace_path"):
+        workspace = folder / "workspace"
+        workspace.mkdir(parents=True, exist_ok=True)
+        constants["workspace_path"] = str(workspace)
+    return constants
