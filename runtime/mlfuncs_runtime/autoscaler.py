@@ -172,7 +172,7 @@ class Replicas:
 
 @dataclass(frozen=True)
 class ScaleState:
-    """The replicas to run and the revision's activity since `since_s`; `initialized`: the initial scale was met once."""
+    """The replicas to run, and the activity since `since_s`; `initialized` once the initial scale was met."""
 
     replicas: int
     activity: Literal["activating", "active", "inactive"] = "activating"
