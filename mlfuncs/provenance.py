@@ -1,19 +1,21 @@
 """Which code, environment and commit a run was of.
 
-Collected beside the run, not before it: hashing a closure, reading the installed packages and asking git take longer
-than a small run itself.
+What is cheap is found before the run. What is not (git's word on uncommitted changes, a closure that took long to hash
+the last time) is found beside it, so that a small run is not slowed by its own description.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
-import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,23 @@ from mlfuncs.errors import MlfuncsError
 from mlfuncs.settings import Settings
 from mlfuncs.spec import FunctionSpec
 
+_QUICK_S = 0.01
 _GIT_TIMEOUT_S = 5.0
 _GIT_MEMORY_S = 10.0  # how long an answer about uncommitted changes is good for
 _dirty: dict[Path, tuple[float, bool | None]] = {}
-_lock = threading.Lock()
+_slow: dict[Any, bool] = {}  # code object or class -> whether its closure takes long to hash
+
+
+def quick_versions(target: Any, spec: FunctionSpec, settings: Settings) -> dict[str, Any]:
+    """What `collect_versions` gives, as far as it is known within milliseconds."""
+    slow = _slow.get(_key(target), False)
+    code = {} if slow else {"code": code_digest(target, spec, settings)}
+    return {**code, "environment": environment_digest(), **git_state(folder_of(target), ask=False)}
+
+
+def is_complete(versions: Mapping[str, Any]) -> bool:
+    """Whether nothing is left for `collect_versions` to find."""
+    return "code" in versions and ("git_commit" not in versions or "git_dirty" in versions)
 
 
 def collect_versions(target: Any, spec: FunctionSpec, settings: Settings) -> dict[str, Any]:
@@ -32,11 +47,8 @@ def collect_versions(target: Any, spec: FunctionSpec, settings: Settings) -> dic
 
     `code` is None for a function whose closure has no digest; git's are left out outside a checkout.
     """
-    return {
-        "code": code_digest(target, spec, settings),
-        "environment": environment_digest(),
-        **git_state(folder_of(target)),
-    }
+    code = {"code": code_digest(target, spec, settings)}
+    return {**code, "environment": environment_digest(), **git_state(folder_of(target))}
 
 
 def code_digest(target: Any, spec: FunctionSpec, settings: Settings) -> str | None:
@@ -44,19 +56,30 @@ def code_digest(target: Any, spec: FunctionSpec, settings: Settings) -> str | No
     from mlfuncs.closure import walk_closure
     from mlfuncs.secrets import available_secrets
 
+    started = time.perf_counter()
     try:
         closure = walk_closure(target, tuple(available_secrets(spec.secrets, settings).items()))
     except MlfuncsError:
         return None  # it can run here, though it cannot be packed
+    _slow[_key(target)] = time.perf_counter() - started > _QUICK_S
     text = json.dumps([closure.digest, spec.to_dict()], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def environment_digest() -> str:
     """A digest of this interpreter's version and of the name and version of every installed distribution."""
+    stamps = []
+    for folder in dict.fromkeys(sys.path):
+        with contextlib.suppress(OSError):
+            stamps.append((folder, os.stat(folder).st_mtime_ns))
+    return _environment_digest(tuple(stamps))
+
+
+@functools.lru_cache(maxsize=4)
+def _environment_digest(stamps: tuple[tuple[str, int], ...]) -> str:
     found = {
         entry.name.lower()
-        for folder in dict.fromkeys(sys.path)
+        for folder, _changed_ns in stamps
         if os.path.isdir(folder)
         for entry in os.scandir(folder)
         if entry.name.endswith((".dist-info", ".egg-info"))
@@ -64,22 +87,22 @@ def environment_digest() -> str:
     return hashlib.sha256("\n".join([sys.version, *sorted(found)]).encode()).hexdigest()
 
 
-def git_state(folder: Path) -> dict[str, Any]:
-    """`git_commit` and `git_dirty` of the checkout around `folder`: tracked files changed; None: git did not say."""
+def git_state(folder: Path, *, ask: bool = True) -> dict[str, Any]:
+    """`git_commit` and `git_dirty` of the checkout around `folder`: tracked files changed; None: git did not say.
+
+    With `ask` False git is not started, and `git_dirty` is there only when an earlier answer is still fresh.
+    """
     from mlfuncs.source import git_commit
 
     commit = git_commit(folder)
-    return {"git_commit": commit, "git_dirty": _is_dirty(folder)} if commit else {}
-
-
-def _is_dirty(folder: Path) -> bool | None:
-    with _lock:
-        found = _dirty.get(folder)
-        if found is not None and time.monotonic() - found[0] < _GIT_MEMORY_S:
-            return found[1]
-        answer = _ask_git(folder)
-        _dirty[folder] = time.monotonic(), answer
-        return answer
+    if not commit:
+        return {}
+    known = _dirty.get(folder)
+    if known is None or time.monotonic() - known[0] >= _GIT_MEMORY_S:
+        if not ask:
+            return {"git_commit": commit}
+        known = _dirty[folder] = time.monotonic(), _ask_git(folder)
+    return {"git_commit": commit, "git_dirty": known[1]}
 
 
 def _ask_git(folder: Path) -> bool | None:
@@ -101,3 +124,7 @@ def folder_of(target: Any) -> Path:
     code = getattr(target, "__code__", None)
     file = Path(getattr(code, "co_filename", "") or "")
     return file.parent.absolute() if file.is_file() else Path.cwd()
+
+
+def _key(target: Any) -> Any:
+    return getattr(target, "__code__", target)

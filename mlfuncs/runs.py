@@ -15,7 +15,7 @@ from mlfuncs.comparison import compare
 from mlfuncs.display import Table, card_html, fold_html, format_duration, format_time, table_html
 from mlfuncs.errors import Conflict, DeadlineExceeded, NotFound, RunFailed, SpecError
 from mlfuncs.execution import execute
-from mlfuncs.provenance import collect_versions
+from mlfuncs.provenance import collect_versions, is_complete, quick_versions
 from mlfuncs.reconciling import reconcile
 from mlfuncs.recorder import recorder
 from mlfuncs.registry import MetricPoint, Registry, RunContents, RunRow, open_registry
@@ -319,10 +319,12 @@ def compare_runs(runs: Sequence[Run | str]) -> Table:
 
 
 def _run_inline(function: Function[Any, Any], arguments: Arguments, place: Place, settings: Settings) -> Run:
-    started = begin(function, arguments, place, settings)
+    versions = quick_versions(function.target, function.spec, settings)
+    started = begin(function, arguments, place, settings, versions)
     keeper = recorder()
     keeper.watch(started.record)
-    keeper.submit(started.row.id, lambda: _keep_versions(started, function, settings))
+    if not is_complete(versions):
+        keeper.submit(started.row.id, lambda: _keep_versions(started, function, settings))
     try:
         with captured(started.row.id, started.log):
             outcome = execute(

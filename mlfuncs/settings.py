@@ -7,6 +7,7 @@ Each key comes from the environment (`MLFUNCS_<KEY>`), else from `[tool.mlfuncs]
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import re
 import tomllib
@@ -139,10 +140,17 @@ def _project_table(cwd: Path) -> dict[str, Any]:
         path = folder / "pyproject.toml"
         if path.is_file():
             try:
-                return tomllib.loads(path.read_text(encoding="utf-8")).get("tool", {}).get("mlfuncs", {})
+                status = path.stat()
+                return _read_table(path, status.st_mtime_ns, status.st_size)
             except (tomllib.TOMLDecodeError, OSError, UnicodeDecodeError) as exc:
                 raise SpecError(f"{path} cannot be read for [tool.mlfuncs]: {exc}") from exc
     return {}
+
+
+@functools.lru_cache(maxsize=8)
+def _read_table(path: Path, changed_ns: int, size: int) -> dict[str, Any]:
+    """Parsing takes a millisecond, and settings are read for every run: parsed once per state of the file."""
+    return tomllib.loads(path.read_text(encoding="utf-8")).get("tool", {}).get("mlfuncs", {})
 
 
 def _coerce(name: str, value: Any, kind: str) -> Any:

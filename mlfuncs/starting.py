@@ -84,7 +84,13 @@ def check_arguments(
     return Arguments(values, {name: given.get(name, value) for name, value in values.items()})
 
 
-def begin(function: Function[Any, Any], arguments: Arguments, place: Place, settings: Settings) -> Started:
+def begin(
+    function: Function[Any, Any],
+    arguments: Arguments,
+    place: Place,
+    settings: Settings,
+    versions: Mapping[str, Any] | None = None,
+) -> Started:
     """Make the run's row, owned by this process and running, and everything it writes to."""
     registry = open_registry(settings)
     secrets = available_secrets(function.spec.secrets, settings)
@@ -104,7 +110,7 @@ def begin(function: Function[Any, Any], arguments: Arguments, place: Place, sett
         created_at=now,
         started_at=now,
         owner=this_process(),
-        versions=_data_versions(arguments),
+        versions={**_data_versions(arguments), **(versions or {})},
         details={"log": str(log_path(settings, run_id)), **place.details},
     )
     params = {name: describe(value, secrets) for name, value in arguments.given.items()}

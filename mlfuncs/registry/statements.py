@@ -1,7 +1,8 @@
-"""Statements that SQLite and PostgreSQL share but SQLAlchemy spells per dialect."""
+"""Statements that SQLite and PostgreSQL share but SQLAlchemy spells per dialect; made once, since making them is slow."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import sqlalchemy as sa
@@ -10,29 +11,42 @@ from sqlalchemy.dialects import postgresql, sqlite
 from mlfuncs.registry.schema import counters
 
 
-def insert(connection: sa.Connection, table: sa.Table) -> sqlite.Insert | postgresql.Insert:
-    """An INSERT of the connection's dialect, which knows ON CONFLICT."""
-    return sqlite.insert(table) if connection.dialect.name == "sqlite" else postgresql.insert(table)
-
-
 def insert_new(connection: sa.Connection, table: sa.Table, rows: list[dict[str, Any]]) -> None:
     """Insert the rows whose primary key is not there yet; those that are there stay as they are."""
     if rows:
-        connection.execute(insert(connection, table).on_conflict_do_nothing(), rows)
+        connection.execute(_insert_new(connection.dialect.name, table), rows)
 
 
 def put(connection: sa.Connection, table: sa.Table, rows: list[dict[str, Any]]) -> None:
-    """Insert the rows, replacing those of the same primary key."""
-    if not rows:
-        return
-    statement = insert(connection, table)
-    keys = [column.name for column in table.primary_key]
-    changes = {name: statement.excluded[name] for name in rows[0] if name not in keys}
-    connection.execute(statement.on_conflict_do_update(index_elements=keys, set_=changes), rows)
+    """Insert the rows, whole, replacing those of the same primary key."""
+    if rows:
+        connection.execute(_put(connection.dialect.name, table), rows)
 
 
 def next_number(connection: sa.Connection, name: str) -> int:
     """1 more than the last number given under `name`; concurrent callers wait for each other's commit."""
-    statement = insert(connection, counters).values(name=name, value=1)
-    statement = statement.on_conflict_do_update(index_elements=["name"], set_={"value": counters.c.value + 1})
-    return int(connection.scalar(statement.returning(counters.c.value)) or 0)
+    return int(connection.scalar(_next_number(connection.dialect.name), {"name": name, "value": 1}) or 0)
+
+
+def _insert(dialect: str, table: sa.Table) -> sqlite.Insert | postgresql.Insert:
+    return sqlite.insert(table) if dialect == "sqlite" else postgresql.insert(table)
+
+
+@functools.cache
+def _insert_new(dialect: str, table: sa.Table) -> sqlite.Insert | postgresql.Insert:
+    return _insert(dialect, table).on_conflict_do_nothing()
+
+
+@functools.cache
+def _put(dialect: str, table: sa.Table) -> sqlite.Insert | postgresql.Insert:
+    statement = _insert(dialect, table)
+    keys = [column.name for column in table.primary_key]
+    changes = {column.name: statement.excluded[column.name] for column in table.columns if column.name not in keys}
+    return statement.on_conflict_do_update(index_elements=keys, set_=changes)
+
+
+@functools.cache
+def _next_number(dialect: str) -> Any:
+    statement = _insert(dialect, counters)
+    changed = statement.on_conflict_do_update(index_elements=["name"], set_={"value": counters.c.value + 1})
+    return changed.returning(counters.c.value)
