@@ -1,0 +1,62 @@
+"""What runs, as the supervisor tells it: pure functions from plans and observations to JSON-ready values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from mlfuncs.rollouts import serving_revision
+from mlfuncs_runtime.fleet import Fleet, ReplicaRecord
+from mlfuncs_runtime.plan import EndpointPlan, judge
+from mlfuncs_runtime.reconcile import Failures, Key, Phase
+
+_BROKEN = 2  # failures in a row from which on an endpoint is called failing
+
+
+def endpoint_overview(
+    plan: EndpointPlan, fleet: Fleet, wished: Mapping[Key, int], load: Mapping[str, Any], url: str
+) -> dict[str, Any]:
+    """One endpoint as in `mlfuncs.targets.EndpointStatus.to_dict`."""
+    records = [r for r in fleet.replicas.values() if r.seen.endpoint == plan.name]
+    state, message = judge_state(plan, fleet, wished)
+    return {
+        "name": plan.name,
+        "project": plan.project,
+        "url": f"{url}/{plan.name}",
+        "revision": serving_revision(plan.traffic, next(reversed(list(plan.revisions)), "")),
+        "state": state,
+        "message": message,
+        "traffic": dict(plan.traffic),
+        "replicas": [replica_overview(record) for record in _in_order(records)],
+        "revisions": list(plan.revisions),
+        "load": {**load, "desired": sum(wished.get((plan.name, r), 0) for r in plan.traffic)},
+    }
+
+
+def replica_overview(record: ReplicaRecord) -> dict[str, Any]:
+    """One worker: its id, revision, process and phase."""
+    phase = Phase.STOPPING if record.seen.phase is Phase.KILLED else record.seen.phase
+    return {"id": record.seen.id, "revision": record.seen.revision, "pid": record.pid, "state": str(phase)}
+
+
+def judge_state(plan: EndpointPlan, fleet: Fleet, wished: Mapping[Key, int]) -> tuple[str, str]:
+    """The endpoint's state in one word, and what to say about it."""
+    observed = fleet.observe()
+    verdict = judge(plan, observed)
+    under_way = verdict.message if plan.rollout else ""
+    if not plan.traffic:
+        return ("starting", under_way) if plan.rollout else ("empty", "no revision has traffic")
+    failures = [observed.failures.get((plan.name, revision), Failures()) for revision in plan.traffic]
+    worst = max(failures, key=lambda failure: failure.count)
+    ready = sum(observed.ready((plan.name, revision)) for revision in plan.traffic)
+    wish = sum(wished.get((plan.name, revision), 0) for revision in plan.traffic)
+    trouble = f"{worst.reason} ({worst.count} times in a row)" if worst.count >= _BROKEN else ""
+    if trouble and ready < wish:
+        return ("ready" if ready else "failing"), trouble
+    if ready:
+        return "ready", under_way
+    return ("starting" if wish else "idle"), under_way
+
+
+def _in_order(records: Iterable[ReplicaRecord]) -> list[ReplicaRecord]:
+    return sorted(records, key=lambda record: (record.seen.since_s, record.seen.id))

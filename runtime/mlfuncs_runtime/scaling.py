@@ -1,0 +1,145 @@
+"""The autoscaler's shell: feeds what the router measured to the pure decider, one memory per revision.
+
+All times come in as arguments; the supervisor calls `tick` twice a second and `woken` when a request waits at zero.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mlfuncs_runtime.autoscaler import (
+    AutoscalerConfig,
+    AutoscalerState,
+    Observation,
+    Replicas,
+    ScaleState,
+    apply_bounds,
+    decide,
+    initial_state,
+)
+from mlfuncs_runtime.plan import EndpointPlan, bounds, initial_replicas
+from mlfuncs_runtime.reconcile import Key, Observed, Phase
+from mlfuncs_runtime.windows import LoadWindows
+
+
+@dataclass
+class _Memory:
+    """What is remembered of one revision between ticks."""
+
+    config: AutoscalerConfig
+    windows: LoadWindows
+    state: AutoscalerState
+    scale: ScaleState
+    panicking: bool = False
+
+
+class Scaler:
+    """How many replicas each revision should have, by load. `scaled` is its word."""
+
+    def __init__(self) -> None:
+        self.scaled: dict[Key, int] = {}
+        self._memories: dict[Key, _Memory] = {}
+        self._loads: dict[str, dict[str, Any]] = {}
+
+    def tick(self, plans: Iterable[EndpointPlan], observed: Observed, stats: Mapping[str, Any], now_s: float) -> bool:
+        """Take the router's measures in and decide anew; True when some number changed."""
+        before = dict(self.scaled)
+        known: set[Key] = set()
+        for plan in plans:
+            measured = (stats.get("endpoints") or {}).get(plan.name) or {}
+            self._loads[plan.name] = _load(measured)
+            for revision in plan.reachable:
+                key = (plan.name, revision)
+                known.add(key)
+                self._decide(plan, revision, observed, (measured.get("revisions") or {}).get(revision) or {}, now_s)
+            memories = [self._memories.get((plan.name, revision)) for revision in plan.traffic]
+            self._loads[plan.name]["panicking"] = any(memory.panicking for memory in memories if memory)
+        for key in [key for key in self._memories if key not in known]:
+            del self._memories[key]
+            self.scaled.pop(key, None)
+        return self.scaled != before
+
+    def woken(self, plan: EndpointPlan, revision: str | None, now_s: float) -> bool:
+        """A request waits and no replica is there: want at least one now; True when that is news."""
+        names = [revision] if revision in plan.reachable else list(plan.traffic)
+        woken = False
+        for name in names:
+            assert name is not None
+            key = (plan.name, name)
+            _, high = bounds(plan, name)
+            if self.scaled.get(key, initial_replicas(plan, name)) < 1 <= high:
+                self.scaled[key] = 1
+                woken = True
+                if memory := self._memories.get(key):
+                    memory.scale = ScaleState(1, "activating", now_s, initialized=True)
+        return woken
+
+    def start(self, plan: EndpointPlan, observed: Observed, now_s: float) -> None:
+        """A rollout of the plan is complete: go on from the replicas its revisions have."""
+        for revision in plan.rollout.traffic if plan.rollout else ():
+            key = (plan.name, revision)
+            self._memories.pop(key, None)
+            self.scaled[key] = max(1, observed.ready(key))
+
+    def forget(self, endpoint: str) -> None:
+        """The endpoint is gone."""
+        self._loads.pop(endpoint, None)
+        for key in [key for key in {*self.scaled, *self._memories} if key[0] == endpoint]:
+            self.scaled.pop(key, None)
+            self._memories.pop(key, None)
+
+    def load_of(self, endpoint: str) -> dict[str, Any]:
+        """What the router measured last: queued, in_flight, rps, p50_ms, p99_ms; and whether there is panic."""
+        return dict(self._loads.get(endpoint) or {})
+
+    def to_dict(self) -> dict[str, int]:
+        """The numbers for the next supervisor; `restore` reads them."""
+        return {f"{endpoint}/{revision}": count for (endpoint, revision), count in self.scaled.items()}
+
+    def restore(self, values: Mapping[str, int]) -> None:
+        """Go on with the numbers of an earlier supervisor."""
+        for name, count in values.items():
+            endpoint, _, revision = name.partition("/")
+            self.scaled[(endpoint, revision)] = count
+
+    def _decide(
+        self, plan: EndpointPlan, revision: str, observed: Observed, measured: Mapping[str, Any], now_s: float
+    ) -> None:
+        key = (plan.name, revision)
+        memory = self._memory(plan, revision, observed, now_s)
+        for second, value in _measures(memory.config, measured, now_s):
+            memory.windows.record(second, value)
+        starting = sum(r.key == key and r.phase is Phase.STARTING for r in observed.replicas)
+        observation = Observation(*memory.windows.averages(now_s), observed.ready(key), starting)
+        decision, memory.state = decide(memory.config, observation, memory.state, now_s)
+        desired = decision.desired if decision.valid else None
+        memory.scale = apply_bounds(memory.config, desired, Replicas(observation.ready), memory.scale, now_s)
+        memory.panicking = decision.panicking
+        self.scaled[key] = memory.scale.replicas
+
+    def _memory(self, plan: EndpointPlan, revision: str, observed: Observed, now_s: float) -> _Memory:
+        low, high = bounds(plan, revision)
+        scale = plan.revisions[revision].spec.scale
+        config = dataclasses.replace(AutoscalerConfig.of_scale(scale), min_scale=low, max_scale=high)
+        key = (plan.name, revision)
+        memory = self._memories.get(key)
+        if memory is None:
+            count = self.scaled.get(key, initial_replicas(plan, revision))
+            scale_state = ScaleState(count, "active" if count else "inactive", now_s, initialized=True)
+            state = initial_state(config, observed.ready(key), now_s)
+            memory = self._memories[key] = _Memory(config, LoadWindows(config), state, scale_state)
+        memory.config = config  # traffic may have come or gone, and with it the lower bound
+        return memory
+
+
+def _measures(config: AutoscalerConfig, measured: Mapping[str, Any], now_s: float) -> list[tuple[float, float]]:
+    """(second, value) of what the router measured since the last tick; zero when it measured nothing."""
+    name = "requests" if config.metric == "rps" else "concurrency"
+    return [(float(bucket["second"]), float(bucket[name])) for bucket in measured.get("buckets") or ()]
+
+
+def _load(measured: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: measured[key] for key in ("queued", "in_flight", "rps", "p50_ms", "p99_ms") if key in measured}
