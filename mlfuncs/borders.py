@@ -20,21 +20,23 @@ from __future__ import annotations
 import base64
 import binascii
 import dataclasses
+import enum
 import inspect
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import typing_extensions
-from pydantic import TypeAdapter
+from pydantic import BeforeValidator, TypeAdapter
 from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
 from pydantic_core import PydanticCustomError, core_schema
 
 from mlfuncs import frames
 from mlfuncs.errors import SignatureError
+from mlfuncs.results import data_url
 
 
 @dataclass(frozen=True, eq=False)  # by identity: typing hashes what annotates a type
@@ -127,9 +129,10 @@ class _Adapter:
             return Any
         origin, args = typing.get_origin(annotation), typing.get_args(annotation)
         if origin is typing.Annotated:
-            return typing.Annotated[(self.adapt(args[0]), *annotation.__metadata__)]
+            inner = self.adapt(args[0])
+            return annotation if inner is args[0] else typing.Annotated[(inner, *annotation.__metadata__)]
         if origin is typing.Literal:
-            return _literal(annotation, args)
+            return _without_bools(annotation, args)
         border = _border_of(origin or annotation, args)
         if border is not None:
             return typing.Annotated[annotation, border]
@@ -148,6 +151,8 @@ class _Adapter:
     def _class(self, cls: type) -> Any:
         if cls in self._inside or hasattr(cls, "__get_pydantic_core_schema__") or cls.__module__ == "builtins":
             return cls
+        if issubclass(cls, enum.Enum):
+            return _without_bools(cls, [member.value for member in cls])
         self._inside.add(cls)
         try:
             if issubclass(cls, tuple) and hasattr(cls, "_fields"):
@@ -215,16 +220,15 @@ def object_type(name: str, shape: Mapping[str, Any]) -> Any:
     return made
 
 
-def _literal(annotation: Any, members: tuple[Any, ...]) -> Any:
-    """A Literal of numbers that does not take true for 1, as Python's equality does."""
-    from pydantic import BeforeValidator
-
-    if any(isinstance(member, bool) for member in members) or not any(isinstance(m, int) for m in members):
+def _without_bools(annotation: Any, values: Iterable[Any]) -> Any:
+    """A Literal or Enum of numbers that does not take true for 1, as Python's equality does."""
+    values = list(values)
+    if any(isinstance(value, bool) for value in values) or not any(isinstance(value, int) for value in values):
         return annotation
 
     def refuse_bool(value: Any) -> Any:
         if isinstance(value, bool):
-            raise PydanticCustomError("literal", "should be one of {members}", {"members": str(list(members))})
+            raise PydanticCustomError("border", "should be one of {values}, not a boolean", {"values": str(values)})
         return value
 
     return typing.Annotated[annotation, BeforeValidator(refuse_bool)]
@@ -242,7 +246,7 @@ def _border_of(cls: Any, args: tuple[Any, ...]) -> Border | None:
         return Border(*border)
     figure = sys.modules.get("matplotlib.figure")
     if figure is not None and issubclass(cls, figure.Figure):
-        return Border(cls, "a matplotlib figure", {"type": "string", "format": "data-url"}, None, _write_figure)
+        return Border(cls, "a matplotlib figure", {"type": "string", "format": "data-url"}, None, data_url)
     if hasattr(cls, "fit") and hasattr(cls, "get_params"):
         return Border(cls, f"a {cls.__name__} (an estimator)", {}, None, None)
     return None
@@ -274,11 +278,3 @@ def _read_base64(value: Any) -> bytes:
 
 def _write_base64(value: bytes) -> str:
     return base64.b64encode(value).decode()
-
-
-def _write_figure(figure: Any) -> str:
-    import io
-
-    image = io.BytesIO()
-    figure.savefig(image, format="png", bbox_inches="tight")
-    return "data:image/png;base64," + base64.b64encode(image.getvalue()).decode()

@@ -248,6 +248,8 @@ def fallback(value: Any) -> Any:
     import decimal
     import pathlib
 
+    from mlfuncs import results
+
     changed = plain(value)
     if changed is not value:
         return changed
@@ -267,8 +269,12 @@ def fallback(value: Any) -> Any:
         from pydantic_core import to_jsonable_python
 
         return to_jsonable_python(value)
-    if hasattr(value, "to_json_value"):
-        return value.to_json_value()
+    if isinstance(value, results.HTML | results.Markdown):
+        return value.text
+    if isinstance(value, results.ClassificationMetrics):
+        return value.to_dict()
+    if isinstance(value, results.FigureImage) or type(value).__module__ == "matplotlib.figure":
+        return results.data_url(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     raise TypeError(f"a {type(value).__name__} has no JSON form")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import base64
 import html
-import math
+import io
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -219,7 +219,20 @@ class FigureImage:
         return f"<figure {self.size[0]} x {self.size[1]}>"
 
     def _repr_html_(self) -> str:
-        return f'<img src="data:image/png;base64,{base64.b64encode(self.png).decode()}" style="max-width:100%">'
+        return f'<img src="{data_url(self)}" style="max-width:100%">'
+
+
+def draw(figure: Any) -> FigureImage:
+    """A matplotlib figure as an image, cut to what is drawn."""
+    image = io.BytesIO()
+    figure.savefig(image, format="png", bbox_inches="tight", metadata={"Software": None})  # the same bytes each time
+    return FigureImage(image.getvalue())
+
+
+def data_url(figure: Any) -> str:
+    """A FigureImage or matplotlib figure as "data:image/png;base64,..."."""
+    png = figure.png if isinstance(figure, FigureImage) else draw(figure).png
+    return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
 def preview_html(value: Any, max_chars: int = 2000) -> str:
@@ -238,8 +251,17 @@ def preview_html(value: Any, max_chars: int = 2000) -> str:
 
 def _border(cls: Any, inner: Any, read: Any, write: Any, core_schema: Any) -> Any:
     """A pydantic schema: `inner` read by `read` from JSON, an instance in Python, written by `write`."""
+    from pydantic_core import PydanticCustomError
+
+    def take(value: Any) -> Any:
+        try:
+            return read(value)
+        except (InvalidInput, KeyError, TypeError, ValueError) as exc:
+            message = f"should be ml.{cls.__name__}: {exc!r}"
+            raise PydanticCustomError("border", "{message}", {"message": message}) from exc
+
     return core_schema.json_or_python_schema(
-        json_schema=core_schema.no_info_after_validator_function(read, inner),
+        json_schema=core_schema.no_info_after_validator_function(take, inner),
         python_schema=core_schema.is_instance_schema(cls),
         serialization=core_schema.plain_serializer_function_ser_schema(write, return_schema=inner),
     )
@@ -254,8 +276,3 @@ def _number(name: str, value: Any) -> float:
             [{"field": name, "message": f"should be a number, not {value!r}"}],
         )
     return value
-
-
-def is_finite(value: float) -> bool:
-    """Whether a metric can be drawn and compared: neither NaN nor infinite."""
-    return math.isfinite(value)

@@ -21,7 +21,7 @@ from mlfuncs.violations import invalid_input, refuse, unknown_and_missing
 if TYPE_CHECKING:
     from mlfuncs.signature import Parameter
 
-_ORJSON = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS
+_ORJSON = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS | orjson.OPT_PASSTHROUGH_DATACLASS
 _UNBOXED = (int, float, bool, str)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import reprlib
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any, BinaryIO
 
 from mlfuncs.codecs import tagged, untagged
 from mlfuncs.errors import ArtifactError
-from mlfuncs.results import HTML, ClassificationMetrics, FigureImage, Markdown, Metrics
+from mlfuncs.results import HTML, ClassificationMetrics, FigureImage, Markdown, Metrics, draw
 
 _PREVIEW_CHARS = 200
 
@@ -69,12 +68,9 @@ class FigureCodec:
     signed = False
 
     def encode(self, value: Any, sink: BinaryIO) -> dict[str, Any]:
-        if not isinstance(value, FigureImage):
-            image = io.BytesIO()
-            value.savefig(image, format="png", bbox_inches="tight", metadata={"Software": None})
-            value = FigureImage(image.getvalue())
-        sink.write(value.png)
-        return {"width": value.size[0], "height": value.size[1], "media_type": "image/png"}
+        image = value if isinstance(value, FigureImage) else draw(value)
+        sink.write(image.png)
+        return {"width": image.size[0], "height": image.size[1], "media_type": "image/png"}
 
     def decode(self, source: Path, metadata: dict[str, Any], hint: Any) -> FigureImage:
         return FigureImage(source.read_bytes())
