@@ -32,6 +32,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from mlfuncs.canonical_libraries import LIBRARY_ENCODERS
 from mlfuncs.errors import BundleError
 
 _SCALARS = {type(None), bool, int, float, str, bytes}
@@ -178,17 +179,6 @@ class Encoder:
         return owner + text
 
 
-def digest_of(value: Any) -> str:
-    """The canonical SHA-256 digest of a value as 64 hex digits.
-
-    >>> digest_of({"a", "b"}) == digest_of({"b", "a"})
-    True
-    """
-    encoder = Encoder()
-    encoder.encode(value)
-    return encoder.hexdigest()
-
-
 def _type_name(value: Any) -> str:
     kind = type(value)
     name = (
@@ -231,59 +221,6 @@ def _encode_set(out: Encoder, value: Iterable[Any]) -> None:
     out.emit(type(value).__name__, "".join(sorted(digests)))
 
 
-def _encode_array(out: Encoder, value: Any) -> None:
-    if type(value).__name__ != "ndarray":
-        out.emit("array-class", type(value).__qualname__)
-    out.emit("dtype", str(value.dtype.descr if value.dtype.names else value.dtype.str))
-    out.emit("shape", str(value.shape))
-    if value.dtype.names:
-        for name in value.dtype.names:
-            out.encode(value[name])
-    elif value.dtype.hasobject:
-        out.encode(value.ravel().tolist())
-    else:
-        out.emit("data", value.tobytes())
-
-
-def _encode_frame(out: Encoder, value: Any) -> None:
-    out.emit("frame", type(value).__qualname__)
-    out.encode(value.attrs)
-    out.encode(value.index)
-    if value.ndim == 1:
-        out.encode(value.name)
-        out.encode(value.array)
-        return
-    out.encode(value.columns)
-    for position in range(value.shape[1]):
-        out.encode(value.iloc[:, position].array)
-
-
-def _encode_pandas_array(out: Encoder, value: Any) -> None:
-    out.emit("pandas-array", f"{type(value).__qualname__}:{value.dtype!s}")
-    if type(value).__name__ == "NumpyExtensionArray":
-        out.encode(value.to_numpy())
-    elif type(value).__name__ == "ArrowExtensionArray" or type(value).__name__ == "ArrowStringArray":
-        out.encode(value.to_numpy(dtype=object, na_value=None))
-    else:
-        out.encode_reduced(value)
-
-
-def _encode_arrow(out: Encoder, value: Any) -> None:
-    import pyarrow
-
-    table = value if isinstance(value, pyarrow.Table) else pyarrow.Table.from_batches([value])
-    sink = pyarrow.BufferOutputStream()
-    with pyarrow.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table.combine_chunks())
-    out.emit("arrow", sink.getvalue().to_pybytes())
-
-
-def _encode_polars(out: Encoder, value: Any) -> None:
-    frame = value.to_frame() if type(value).__name__ == "Series" else value
-    out.emit("polars", type(value).__name__)
-    out.encode(frame.rechunk().to_arrow())
-
-
 def _encode_property(out: Encoder, value: property) -> None:
     out.emit("property")
     out.encode((value.fget, value.fset, value.fdel, value.__doc__))
@@ -313,10 +250,6 @@ def _encode_type_variable(out: Encoder, value: Any) -> None:
 def _encode_new_type(out: Encoder, value: Any) -> None:
     out.emit("new-type", value.__name__)
     out.encode(value.__supertype__)
-
-
-def _refuse_file(out: Encoder, value: Any) -> None:
-    raise out.refuse(value, "it is open only in this process")
 
 
 _INLINE: set[type] = {complex, tuple, frozenset, range, slice, type(...), type(NotImplemented)}
@@ -350,20 +283,4 @@ VALUE_ENCODERS: dict[type, Callable[[Encoder, Any], None]] = {
     typing.TypeVar: _encode_type_variable,
     typing.ParamSpec: _encode_type_variable,
     typing.NewType: _encode_new_type,
-}
-# by top-level module and class name, so that no library is imported to look
-LIBRARY_ENCODERS: dict[tuple[str, str], Callable[[Encoder, Any], None]] = {
-    ("numpy", "ndarray"): _encode_array,
-    ("pandas", "DataFrame"): _encode_frame,
-    ("pandas", "Series"): _encode_frame,
-    ("pandas", "NumpyExtensionArray"): _encode_pandas_array,
-    ("pandas", "ArrowExtensionArray"): _encode_pandas_array,
-    ("pandas", "ArrowStringArray"): _encode_pandas_array,
-    ("pyarrow", "Table"): _encode_arrow,
-    ("pyarrow", "RecordBatch"): _encode_arrow,
-    ("polars", "DataFrame"): _encode_polars,
-    ("polars", "Series"): _encode_polars,
-    ("_io", "TextIOWrapper"): _refuse_file,
-    ("_io", "BufferedReader"): _refuse_file,
-    ("_io", "BufferedWriter"): _refuse_file,
 }

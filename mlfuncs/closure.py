@@ -68,6 +68,19 @@ def walk_closure(target: Any, secrets: Sequence[tuple[str, str]] = ()) -> Closur
     return Closure(walker.hexdigest(), walker.by_value, frozenset(walker.modules), texts, frozenset(walker.facade))
 
 
+def digest_of(value: Any) -> str:
+    """The canonical SHA-256 digest of any value, functions and classes included, as 64 hex digits.
+
+    >>> digest_of({"a", "b"}) == digest_of({"b", "a"})
+    True
+
+    Raises BundleError for a value that has none, such as a lock or an open file.
+    """
+    walker = Walker(frozenset({"__main__", "__mp_main__"}))
+    walker.encode(value)
+    return walker.hexdigest()
+
+
 def own_modules(target: Any) -> frozenset[str]:
     """The modules whose contents are packed by value: `__main__` and the one that defines `target`."""
     target = getattr(target, "func", target)
@@ -216,6 +229,8 @@ def _encode_class(out: Walker, cls: type) -> None:
         if isinstance(members, types.MappingProxyType):
             out.encode(tuple((name, member.value) for name, member in members.items()))
         values = {name: value for name, value in vars(cls).items() if _counts(name, value, members)}
+        if dataclasses.is_dataclass(cls) and str(cls.__doc__).startswith(f"{cls.__name__}("):
+            values.pop("__doc__", None)  # made from the fields; shows sets in hash order
         for value in values.values():
             if isinstance(value, types.FunctionType):
                 out.use_modules(used_globals(value), value.__code__, value.__globals__.get("__package__") or "")

@@ -107,7 +107,7 @@ def test_a_decorated_method_is_bound_as_a_method() -> None:
 
 
 def test_an_unknown_option_is_refused_by_name() -> None:
-    with pytest.raises(SpecError, match="unknown option 'replicas'.*known: .*scale"):
+    with pytest.raises(SpecError, match=r"unknown option 'replicas'.*known: .*scale"):
         ml.function(replicas=3)(lambda x: x)
 
 
