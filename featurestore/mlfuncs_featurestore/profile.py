@@ -127,10 +127,13 @@ def _distribution(sample: pa.Array) -> dict[str, Any]:
     if not len(values):
         return {}
     quantiles = {str(q): _plain(v) for q, v in zip(QUANTILES, np.quantile(values, QUANTILES), strict=True)}
-    if values.max() - values.min() > np.finfo(float).max / 2:  # numpy cannot make bins over such a range
-        return {"quantiles": quantiles}
-    counts, edges = np.histogram(values, bins=BINS)
-    return {"quantiles": quantiles, "histogram": {"edges": [_plain(e) for e in edges], "counts": counts.tolist()}}
+    low, high = float(values.min()), float(values.max())
+    width = high / BINS - low / BINS
+    if width > 2 * np.spacing(max(abs(low), abs(high))) and math.isfinite(high - low):
+        counts, edges = np.histogram(values, bins=BINS)
+    else:  # numpy cannot make that many bins over so narrow or so wide a range
+        counts, edges = np.array([len(values)]), np.array([low, high])
+    return {"quantiles": quantiles, "histogram": {"edges": [_plain(float(e)) for e in edges], "counts": counts.tolist()}}
 
 
 def _plain(value: Any) -> Any:

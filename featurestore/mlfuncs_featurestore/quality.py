@@ -98,6 +98,8 @@ def _combined(table: pa.Table, name: str) -> pa.Array:
 
 def key_column(name: str, array: pa.Array, kind: str) -> pa.Array:
     """A key column in its canonical form (UUIDs as lower-case text). Raises InvalidInput for a null or a misfit."""
+    if pa.types.is_floating(array.type):  # what pandas makes of whole numbers when one is missing
+        array = pc.if_else(pc.is_nan(array), None, array)
     if array.null_count:
         raise _null(name, array, "the key")
     if kind == "uuid":

@@ -160,7 +160,7 @@ def open_dataset(location: str) -> Any:
     kind, _, rest = location.partition(":")
     location = rest if kind in ("delta", "parquet") else location
     try:
-        if kind == "delta" or (kind != "parquet" and DeltaTable.is_deltatable(location)):
+        if kind == "delta" or (not _is_parquet(kind, location) and DeltaTable.is_deltatable(location)):
             return DeltaTable(location).to_pyarrow_dataset()
         filesystem, path = fsspec.core.url_to_fs(location)
         paths = sorted(filesystem.glob(path)) if "*" in path else [path]
@@ -169,6 +169,10 @@ def open_dataset(location: str) -> Any:
         return ds.dataset(paths[0] if len(paths) == 1 else paths, filesystem=filesystem, format="parquet")
     except (OSError, pa.ArrowInvalid, ValueError) as exc:
         raise StorageError(f"{location!r} cannot be read as Parquet or Delta: {exc}") from exc
+
+
+def _is_parquet(kind: str, location: str) -> bool:
+    return kind == "parquet" or "*" in location or location.endswith((".parquet", ".pq"))
 
 
 def cast_column(name: str, column: pa.ChunkedArray | pa.Array, kind: FeatureType, stored: bool = False) -> pa.Array:
