@@ -133,7 +133,8 @@ def _distribution(sample: pa.Array) -> dict[str, Any]:
         counts, edges = np.histogram(values, bins=BINS)
     else:  # numpy cannot make that many bins over so narrow or so wide a range
         counts, edges = np.array([len(values)]), np.array([low, high])
-    return {"quantiles": quantiles, "histogram": {"edges": [_plain(float(e)) for e in edges], "counts": counts.tolist()}}
+    histogram = {"edges": [_plain(float(edge)) for edge in edges], "counts": counts.tolist()}
+    return {"quantiles": quantiles, "histogram": histogram}
 
 
 def _plain(value: Any) -> Any:
