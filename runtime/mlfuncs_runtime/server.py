@@ -7,7 +7,6 @@ import contextlib
 import os
 import signal
 import socket
-import stat
 import threading
 from collections.abc import Generator
 from typing import Any
@@ -28,23 +27,33 @@ _SUN_PATH = 107  # bytes of a Unix socket's path, unix(7)
 
 
 def listen_unix(path: str) -> socket.socket:
-    """A listening Unix socket at `path`, owner-only; a stale socket file is replaced. Raises StorageError."""
-    if len(os.fsencode(path)) > _SUN_PATH:
-        raise StorageError(f"socket path {path!r} is over {_SUN_PATH} bytes; set MLFUNCS_HOME to a shorter folder")
+    """A listening Unix socket at `path`, owner-only; a socket file that is there is replaced. Raises StorageError.
+
+    It listens before it gets its name, so whoever sees the file can connect.
+    """
+    unborn = f"{path}.new"
+    if len(os.fsencode(unborn)) > _SUN_PATH:
+        raise StorageError(f"socket path {path!r} is over {_SUN_PATH - 4} bytes; set MLFUNCS_HOME to a shorter folder")
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        if stat.S_ISSOCK(os.stat(path).st_mode):
-            os.unlink(path)
-    except FileNotFoundError:
-        pass
-    try:
-        listener.bind(path)
-        os.chmod(path, 0o600)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(unborn)
+        listener.bind(unborn)
+        os.chmod(unborn, 0o600)
+        listener.listen(BACKLOG)
+        os.rename(unborn, path)
     except OSError as exc:
         listener.close()
         raise StorageError(f"cannot listen on {path!r}: {exc.strerror}") from exc
-    listener.listen(BACKLOG)
     return listener
+
+
+def preload() -> None:
+    """Import what serving needs, in a process that will fork; starts nothing."""
+    import httptools
+    import uvicorn.protocols.http.httptools_impl as protocol
+
+    assert httptools and protocol
 
 
 class _Server(uvicorn.Server):

@@ -49,21 +49,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def prepare_process(config: WorkerConfig, settings: Settings) -> None:
-    """Environment, secrets, log and limits, before anything of the user's is imported."""
+def prepare_process(config: WorkerConfig, settings: Settings, shared: bool = False) -> None:
+    """Environment, secrets, log and limits, before anything of the user's is imported.
+
+    `shared` is for a process that will fork: it starts no thread, not even for its log.
+    """
     from mlfuncs.secrets import Redactor, resolve_secrets
     from mlfuncs_runtime.worker_limits import apply_limits
 
     os.environ.update(config.env)
     secrets = resolve_secrets(config.secrets, settings)
-    open_log(log_options(config, settings, Redactor(secrets.values()).text, bool(secrets)))
+    redact = Redactor(secrets.values()).text
+    options = LogOptions(config.log_path, settings.log_format, settings.log_level, labels(config), redact)
+    open_log(options, "raw" if not secrets else "nowhere" if shared else "redacted")
     name_process(config)
     apply_limits(config.resources, config.replica or config.revision)
-
-
-def log_options(config: WorkerConfig, settings: Settings, redact: Any, has_secrets: bool) -> LogOptions:
-    """How a worker of `config` logs."""
-    return LogOptions(config.log_path, settings.log_format, settings.log_level, labels(config), redact, has_secrets)
 
 
 def labels(config: WorkerConfig) -> dict[str, str]:

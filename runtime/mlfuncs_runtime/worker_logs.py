@@ -17,7 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from mlfuncs.request_context import current_request
 
@@ -37,13 +37,13 @@ class LogOptions:
     level: str = "INFO"
     labels: Mapping[str, str] = field(default_factory=dict)
     redact: Redact = _unchanged
-    has_secrets: bool = False
 
 
-def open_log(options: LogOptions) -> None:
+def open_log(options: LogOptions, descriptors: Literal["raw", "redacted", "nowhere"] = "raw") -> None:
     """Send logging, print and the standard descriptors of this process to the log. Call again after a fork.
 
-    Raises OSError when the file cannot be opened.
+    What is written to the descriptors themselves goes to the file as it is, or through a thread that redacts it, or
+    (in a process that may have no thread) nowhere. Raises OSError when the file cannot be opened.
     """
     if options.path:
         os.makedirs(os.path.dirname(options.path) or ".", mode=0o700, exist_ok=True)
@@ -58,7 +58,7 @@ def open_log(options: LogOptions) -> None:
     sys.stdout, sys.stderr = _Stream("stdout", lines), _Stream("stderr", lines)
     if options.path:
         faulthandler.enable(target)
-        _redirect(target, lines if options.has_secrets else None)
+        _redirect(target, lines, descriptors)
 
 
 class _Lines:
@@ -123,17 +123,14 @@ class _Stream(io.TextIOBase):
         return len(text)
 
 
-def _redirect(target: int, lines: _Lines | None) -> None:
-    """Point descriptors 1 and 2 at the log, through a thread that redacts when `lines` is given."""
-    if lines is None:
-        os.dup2(target, 1)
-        os.dup2(target, 2)
-        return
-    reader, writer = os.pipe()
-    os.dup2(writer, 1)
-    os.dup2(writer, 2)
-    os.close(writer)
-    threading.Thread(target=_pump, args=(reader, lines), name="log", daemon=True).start()
+def _redirect(target: int, lines: _Lines, descriptors: str) -> None:
+    if descriptors == "redacted":
+        reader, target = os.pipe()
+        threading.Thread(target=_pump, args=(reader, lines), name="log", daemon=True).start()
+    elif descriptors == "nowhere":
+        target = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    os.dup2(target, 1)
+    os.dup2(target, 2)
 
 
 def _pump(reader: int, lines: _Lines) -> None:
