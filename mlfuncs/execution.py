@@ -32,7 +32,7 @@ class Outcome:
 
 def execute(target: Any, values: Mapping[str, Any], returns: Any, spec: FunctionSpec, run: ActiveRun) -> Outcome:
     """Call `target` with `values` as `run`; whatever it raises becomes the outcome."""
-    meter = Meter()
+    meter, started_at = Meter(), time.time()
     raised: BaseException | None = None
     outputs: dict[str, Any] = {}
     with activate(run), _environment(spec.env):
@@ -44,6 +44,7 @@ def execute(target: Any, values: Mapping[str, Any], returns: Any, spec: Function
     final = {
         "status": _status(raised),
         "error": None if raised is None else describe_error(raised, run.secrets),
+        "started_at": started_at,
         "finished_at": time.time(),
         "cpu_s": used.cpu_s,
         "peak_memory_mib": used.peak_memory_mib,

@@ -234,7 +234,7 @@ def _last_word(started: Started) -> dict[str, Any] | None:
 
 
 def _usage(final: Mapping[str, Any] | None) -> dict[str, Any]:
-    return {key: final[key] for key in ("cpu_s", "peak_memory_mib")} if final else {}
+    return {key: final[key] for key in ("started_at", "cpu_s", "peak_memory_mib")} if final else {}
 
 
 def _keep_versions(started: Started, packed: Packed) -> None:

@@ -63,9 +63,16 @@ class Started:
 
 
 def check_arguments(
-    function: Function[Any, Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], settings: Settings
+    function: Function[Any, Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    settings: Settings,
+    loaded: dict[Any, Any] | None = None,
 ) -> Arguments:
-    """The call's arguments, artifacts loaded and everything validated. Raises InvalidInput."""
+    """The call's arguments, artifacts loaded and everything validated. Raises InvalidInput.
+
+    `loaded` remembers artifacts from call to call, so that the points of a sweep load a shared one once.
+    """
     from mlfuncs.artifacts import ArtifactRef
 
     signature = function.signature
@@ -74,13 +81,15 @@ def check_arguments(
     for name, value in given.items():
         if isinstance(value, ArtifactRef):
             given[name] = as_handle({"artifact": value.to_dict()}, settings)
-    loaded = {
-        name: as_handle({"artifact": value.ref.to_dict()}, settings, _hint(hints.get(name))).load()
-        if isinstance(value, Artifact)
-        else value
-        for name, value in given.items()
-    }
-    values = signature.validate_python(loaded)
+    loaded = {} if loaded is None else loaded
+    actual = dict(given)
+    for name, value in given.items():
+        if isinstance(value, Artifact):
+            if (name, value.digest) not in loaded:
+                handle = as_handle({"artifact": value.ref.to_dict()}, settings, _hint(hints.get(name)))
+                loaded[name, value.digest] = handle.load()
+            actual[name] = loaded[name, value.digest]
+    values = signature.validate_python(actual)
     return Arguments(values, {name: given.get(name, value) for name, value in values.items()})
 
 

@@ -42,6 +42,7 @@ class Child:
             os.close(answer_to)
         self._answers = answers
         self._show = show
+        self._spoiled = False
         self._sink: Callable[[str], None] | None = None
         self._output_ended = threading.Event()
         self._pump = threading.Thread(target=self._read_output, name="mlfuncs-run-output", daemon=True)
@@ -53,8 +54,8 @@ class Child:
         return self._process.pid
 
     def is_usable(self) -> bool:
-        """Whether it may get another run."""
-        return self._process.poll() is None
+        """Whether it may get another run: it lives, and no run in it was cut short."""
+        return self._process.poll() is None and not self._spoiled
 
     def start(self, task: Mapping[str, Any], sink: Callable[[str], None]) -> None:
         """Give it a run; what the run prints goes to `sink`. Raises ChildDied when it is gone."""
@@ -80,6 +81,7 @@ class Child:
 
     def interrupt(self) -> None:
         """Raise KeyboardInterrupt in the run."""
+        self._spoiled = True
         self._signal(signal.SIGINT)
 
     def kill(self) -> None:
