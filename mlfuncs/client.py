@@ -29,7 +29,7 @@ def invoke(url: str, body: bytes, *, token: str = "", timeout_s: float | None = 
 
     Inside a handler the time allowed is what the running request has left, when that is less than `timeout_s`.
     Raises the MlfuncsError that a problem document stands for, Unavailable when nobody listens at `url`, and
-    DeadlineExceeded when no answer came in time.
+    DeadlineExceeded when no answer came in time. An Unavailable with `retry_after_s` 0 was never a request.
     """
     import urllib3
 
@@ -150,7 +150,7 @@ def _unreachable(url: str, allowed_s: float, reason: BaseException) -> MlfuncsEr
     if isinstance(reason, urllib3.exceptions.ReadTimeoutError):
         return DeadlineExceeded(f"no answer from {url} within {allowed_s:g} s; give invoke a larger timeout_s")
     if isinstance(reason, urllib3.exceptions.NewConnectionError | urllib3.exceptions.ConnectTimeoutError):
-        return Unavailable(f"nobody listens at {url}; start the endpoints with 'mlfuncs up'")
+        return Unavailable(f"nobody listens at {url}; start the endpoints with 'mlfuncs up'", retry_after_s=0.0)
     return Unavailable(f"the connection to {url} broke before the answer was complete ({reason})")
 
 

@@ -155,6 +155,7 @@ def _pack(
         store = ArtifactStore.open(settings)
         for key, value in deployment.init.items():
             ref = getattr(value, "ref", None) or store.put(value)
+            registry.artifacts.record(ref.to_dict())
             refs[key] = ref.to_dict()
     registry.functions.record(function.spec.name, bundle.digest, bundle.manifest.to_dict())
     config = RevisionConfig(

@@ -114,13 +114,18 @@ class Endpoint:
         `timeout_s` (default: 60 s, or what the running request has left) bounds the whole call. Raises InvalidInput
         for arguments that do not fit, and otherwise the error that the endpoint answered with.
         """
-        body = client.encode(self._bind(args, kwargs))
+        return self.invoke_json(self._bind(args, kwargs), timeout_s=timeout_s)
+
+    def invoke_json(self, body: Any, *, timeout_s: float | None = None) -> Any:
+        """The answer to `body`, any value that can be JSON, sent as it is: a whole body model, or an event."""
+        content = client.encode(body)
         try:
-            return client.invoke(self.url, body, token=self._token, timeout_s=timeout_s)
-        except Unavailable:
-            if os.environ.get(CALL_URL) or not self._moved():
+            return client.invoke(self.url, content, token=self._token, timeout_s=timeout_s)
+        except Unavailable as exc:
+            if exc.retry_after_s or os.environ.get(CALL_URL):  # it may have been read, or is not ours to start
                 raise
-            return client.invoke(self.url, body, token=self._token, timeout_s=timeout_s)
+            self._start_again()
+            return client.invoke(self.url, content, token=self._token, timeout_s=timeout_s)
 
     def status(self) -> EndpointStatus:
         """What runs now: state, replicas, traffic and load."""
@@ -213,12 +218,11 @@ class Endpoint:
     def _row(self) -> EndpointRow:
         return _endpoints(self._settings).get(self.name)
 
-    def _moved(self) -> bool:
-        """Look the address up again, starting what serves it if need be; whether it is another one now."""
+    def _start_again(self) -> None:
+        """Start what serves the endpoint, and look its address up again."""
         row = self._row()
         self._target_of(row).apply(row)
         self.__dict__.pop("url", None)
-        return True
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         if not args:

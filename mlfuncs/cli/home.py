@@ -1,0 +1,139 @@
+"""Commands on the home as a whole: up, down, status."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mlfuncs.cli.output import as_json, emit, table
+from mlfuncs.settings import read_settings
+
+if TYPE_CHECKING:
+    from mlfuncs_runtime.process_target import ProcessTarget
+
+_COLUMNS = ("name", "state", "revision", "traffic", "replicas", "queued", "rps", "p50 ms", "p99 ms", "panic", "message")
+
+
+@click.command()
+@as_json
+def up(json_wanted: bool) -> None:
+    """Start the supervisor, the router and the endpoints of this home; harmless when they run already."""
+    answer = _target().start()
+    emit(answer, json_wanted, f"supervisor {answer['pid']} serves at {answer['url']}")
+
+
+@click.command()
+@as_json
+def down(json_wanted: bool) -> None:
+    """Stop everything of this home. The registry, runs and logs stay; `up` brings the endpoints back."""
+    stopped = _target().stop()
+    emit({"stopped": stopped}, json_wanted, f"stopped {len(stopped)} processes" if stopped else "nothing was running")
+
+
+@click.command()
+@click.option("--watch", is_flag=True, help="Keep it on the screen, renewed every second.")
+@as_json
+def status(watch: bool, json_wanted: bool) -> None:
+    """Show what runs: the endpoints, their workers and their load."""
+    if watch and not json_wanted:
+        _watch()
+        return
+    values = _overview()
+    emit(values, json_wanted, lambda: _text(values))
+
+
+def _target() -> ProcessTarget:
+    from mlfuncs import adapters
+
+    target: ProcessTarget = adapters.load("target:process")(read_settings())
+    return target
+
+
+def _overview() -> dict[str, Any]:
+    """What the supervisor tells, and the registry's endpoints that nothing serves now."""
+    settings = read_settings()
+    values = _target().overview()
+    if settings.registry_url or (settings.home / "registry.db").exists():
+        from mlfuncs.registry import open_registry, site_id
+        from mlfuncs.targets import open_target
+
+        known = {endpoint["name"] for endpoint in values["endpoints"]}
+        for row in open_registry(settings).endpoints.list():
+            if row.name in known:
+                continue
+            if row.target == "process":
+                values["endpoints"].append(_stopped(row, row.site == site_id(settings)))
+            else:
+                values["endpoints"].append(open_target(row.target, settings).status(row).to_dict())
+    values["endpoints"].sort(key=lambda endpoint: endpoint["name"])
+    return values
+
+
+def _stopped(row: Any, here: bool) -> dict[str, Any]:
+    from mlfuncs.rollouts import serving_revision
+    from mlfuncs.targets import EndpointStatus, router_url
+
+    message = "the supervisor does not run: mlfuncs up" if here else f"served from another home (site {row.site})"
+    traffic = row.desired.get("traffic") or {}
+    names = tuple(revision.revision for revision in row.revisions)
+    url = f"{router_url(read_settings())}/{row.name}" if here else ""
+    revision = serving_revision(traffic, names[-1] if names else "")
+    return EndpointStatus(row.name, url, revision, "stopped", message, traffic, (), names, {}, row.project).to_dict()
+
+
+def _text(values: dict[str, Any]) -> str:
+    supervisor, router = values["supervisor"], values["router"]
+    head = f"supervisor {supervisor['pid']}, router {router['pid']} at {router['url']}" if supervisor else "not running"
+    rows = [_row(endpoint) for endpoint in values["endpoints"]]
+    return f"{head}\n{table(rows, _COLUMNS, 'no endpoints: deploy one with mlfuncs deploy FILE:NAME')}"
+
+
+def _row(endpoint: dict[str, Any]) -> dict[str, Any]:
+    load = endpoint.get("load") or {}
+    replicas = endpoint["replicas"]
+    ready = sum(replica["state"] == "ready" for replica in replicas)
+    return {
+        "name": endpoint["name"],
+        "state": endpoint["state"],
+        "revision": endpoint["revision"],
+        "traffic": " ".join(f"{revision}={share}" for revision, share in endpoint["traffic"].items()),
+        "replicas": f"{ready}/{load.get('desired', len(replicas))}",
+        "queued": load.get("queued"),
+        "rps": _rounded(load.get("rps")),
+        "p50 ms": _rounded(load.get("p50_ms")),
+        "p99 ms": _rounded(load.get("p99_ms")),
+        "panic": "yes" if load.get("panicking") else "",
+        "message": (endpoint["message"].splitlines() or [""])[0],
+    }
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 1)
+
+
+def _watch() -> None:
+    from rich.console import Console, Group
+    from rich.live import Live
+    from rich.text import Text
+
+    from mlfuncs.display import rich_table
+
+    def picture() -> Group:
+        values = _overview()
+        supervisor, router = values["supervisor"], values["router"]
+        head = f"router {router['url']}  supervisor {supervisor['pid']}" if supervisor else "not running: mlfuncs up"
+        endpoints = rich_table([_row(endpoint) for endpoint in values["endpoints"]], _COLUMNS)
+        replicas = [
+            {"endpoint": endpoint["name"], "revision": r["revision"], "replica": r["id"], "pid": r["pid"]}
+            | {"state": r["state"]}
+            for endpoint in values["endpoints"]
+            for r in endpoint["replicas"]
+        ]
+        return Group(Text(head), endpoints, rich_table(replicas, ("endpoint", "revision", "replica", "pid", "state")))
+
+    with Live(picture(), console=Console(), screen=True, auto_refresh=False) as live:
+        while True:
+            time.sleep(1.0)
+            live.update(picture(), refresh=True)

@@ -1,0 +1,138 @@
+"""Commands that list and show: ls, models, logs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from mlfuncs.cli.output import as_json, emit, table
+from mlfuncs.errors import NotFound
+from mlfuncs.settings import read_settings
+
+_limit = click.option("--limit", default=20, show_default=True, help="How many at most.")
+
+
+@click.command()
+@click.argument("what", default="endpoints", type=click.Choice(["endpoints", "runs", "functions", "artifacts"]))
+@_limit
+@as_json
+def ls(what: str, limit: int, json_wanted: bool) -> None:
+    """List what the project has: endpoints, runs, functions or artifacts; the newest first."""
+    rows, columns = _READERS[what](limit)
+    emit({what: rows}, json_wanted, lambda: table([_shown(row) for row in rows], columns, f"no {what} yet"))
+
+
+@click.command()
+@_limit
+@as_json
+def models(limit: int, json_wanted: bool) -> None:
+    """List the models that runs have stored, the newest first."""
+    rows, columns = _artifacts(limit, kind="model")
+    emit({"models": rows}, json_wanted, lambda: table([_shown(row) for row in rows], columns, "no models yet"))
+
+
+@click.command()
+@click.argument("name")
+@click.option("-f", "--follow", is_flag=True, help="Go on with every new line.")
+@click.option("-n", "--lines", default=100, show_default=True, help="How many of the last lines.")
+@as_json
+def logs(name: str, follow: bool, lines: int, json_wanted: bool) -> None:
+    """Show the log of the endpoint NAME, or of the run whose id starts with NAME."""
+    from mlfuncs.endpoints import endpoint
+
+    try:
+        found = endpoint(name)
+    except NotFound as no_endpoint:
+        _run_logs(name, lines, json_wanted, no_endpoint)
+        return
+    if follow:
+        for line in found.logs(lines, follow=True):
+            emit({"line": line}, json_wanted, line or " ")
+        return
+    text = list(found.logs(lines))
+    emit({"name": name, "lines": text}, json_wanted, "\n".join(text))
+
+
+def _run_logs(name: str, lines: int, json_wanted: bool, no_endpoint: NotFound) -> None:
+    from mlfuncs.runs import get_run
+
+    try:
+        run = get_run(name)
+    except NotFound:
+        raise NotFound(
+            "endpoint or run", name, no_endpoint.near, hint="See 'mlfuncs ls' and 'mlfuncs ls runs'."
+        ) from None
+    text = run.logs.splitlines()[-lines:]
+    emit({"run": run.id, "lines": text}, json_wanted, "\n".join(text))
+
+
+Rows = tuple[list[dict[str, Any]], tuple[str, ...]]
+
+
+def _endpoints(limit: int) -> Rows:
+    from mlfuncs.cli.home import _overview
+
+    columns = ("name", "state", "revision", "replicas", "url")
+    return [{key: endpoint[key] for key in columns} for endpoint in _overview()["endpoints"][:limit]], columns
+
+
+def _runs(limit: int) -> Rows:
+    from mlfuncs.display import format_time
+    from mlfuncs.runs import list_runs
+
+    rows = [
+        {
+            "id": run.id,
+            "function": run.function,
+            "status": run.status,
+            "started": format_time(run.row.started_at),
+            "duration_s": run.duration_s,
+            "params": run.params,
+            "metrics": run.metrics,
+        }
+        for run in list_runs(limit=limit)
+    ]
+    return rows, ("id", "function", "status", "started", "duration_s", "params", "metrics")
+
+
+def _functions(limit: int) -> Rows:
+    from mlfuncs.display import format_time
+    from mlfuncs.registry import open_registry
+
+    functions = open_registry(read_settings()).functions
+    rows = []
+    for name in functions.names()[:limit]:
+        versions = functions.versions(name)
+        latest = versions[0]
+        rows.append(
+            {"name": name, "versions": len(versions), "latest": latest.digest, "kind": latest.manifest.get("kind")}
+            | {"recorded": format_time(latest.recorded_at)}
+        )
+    return rows, ("name", "kind", "versions", "latest", "recorded")
+
+
+def _artifacts(limit: int, kind: str | None = None) -> Rows:
+    from mlfuncs.registry import open_registry
+
+    rows = [
+        {"digest": ref["digest"], "kind": ref["kind"], "type": ref["type_name"], "size_bytes": ref["size_bytes"]}
+        for ref in open_registry(read_settings()).artifacts.list(kind=kind, limit=limit)
+    ]
+    return rows, ("digest", "kind", "type", "size_bytes")
+
+
+_READERS = {"endpoints": _endpoints, "runs": _runs, "functions": _functions, "artifacts": _artifacts}
+
+
+def _shown(row: dict[str, Any]) -> dict[str, Any]:
+    """A row for people: digests cut, mappings and lists as short text."""
+    shown = dict(row)
+    for key, value in row.items():
+        if key in ("digest", "latest"):
+            shown[key] = str(value)[:12]
+        elif key == "replicas":
+            shown[key] = f"{sum(r['state'] == 'ready' for r in value)}/{len(value)}"
+        elif isinstance(value, dict):
+            shown[key] = ", ".join(f"{name}={text!s:.40}" for name, text in value.items())
+    return shown

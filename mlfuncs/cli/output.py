@@ -1,0 +1,62 @@
+"""What commands print: JSON for programs, tables for people."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import click
+
+from mlfuncs.errors import InvalidInput, SpecError
+
+as_json = click.option("--json", "json_wanted", is_flag=True, help="Print one JSON object.")
+
+
+def emit(values: Any, json_wanted: bool, text: Callable[[], str] | str) -> None:
+    """Print `values` as JSON when wanted, else the text for people."""
+    if json_wanted:
+        click.echo(json.dumps(values, default=str))
+    else:
+        click.echo(text if isinstance(text, str) else text())
+
+
+def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], empty: str) -> str:
+    """The rows as a table, or `empty` when there are none."""
+    from mlfuncs.display import Table
+
+    return str(Table(tuple(columns), tuple(rows))) if rows else empty
+
+
+def parse_assignments(pairs: Iterable[str], option: str) -> dict[str, Any]:
+    """{"k": value} from "k=JSON" pairs; a value that is not JSON is text. Raises SpecError.
+
+    >>> parse_assignments(["days=7", "name=churn", "tags=[1, 2]"], "--param")
+    {'days': 7, 'name': 'churn', 'tags': [1, 2]}
+    """
+    values = {}
+    for pair in pairs:
+        name, sign, text = pair.partition("=")
+        if not sign or not name:
+            raise SpecError(f"{option} {pair!r} is not of the form name=JSON, e.g. {option} days=7")
+        try:
+            values[name] = json.loads(text)
+        except ValueError:
+            values[name] = text
+    return values
+
+
+def parse_data(text: str) -> Any:
+    """The JSON in `text`, in the file that "@FILE" names, or on standard input for "-". Raises InvalidInput."""
+    if text == "-":
+        text = click.get_text_stream("stdin").read()
+    elif text.startswith("@"):
+        try:
+            with open(text[1:], encoding="utf-8") as file:
+                text = file.read()
+        except OSError as exc:
+            raise InvalidInput(f"--data {text!r} cannot be read: {exc.strerror}") from exc
+    try:
+        return json.loads(text)
+    except ValueError as exc:
+        raise InvalidInput(f"--data is not JSON ({exc}): write it like --data '{{\"x\": 1}}'") from exc
