@@ -50,23 +50,24 @@ def roc(positive: Any, score: Any, max_points: int) -> tuple[list[tuple[float, f
     order = np.argsort(score, kind="stable")[::-1]
     score, hits = score[order], np.cumsum(positive[order])
     last = np.append(np.flatnonzero(np.diff(score)), score.size - 1)  # the last row of each distinct score
-    tpr = np.append(0.0, hits[last] / positives)
-    fpr = np.append(0.0, (last + 1 - hits[last]) / negatives)
+    true_positives, false_positives = np.append(0, hits[last]), np.append(0, last + 1 - hits[last])
+    tpr, fpr = true_positives / positives, false_positives / negatives
     area = float(np.sum(np.diff(fpr) * (tpr[1:] + tpr[:-1]) / 2))
     above_all = np.nextafter(score[0], np.asarray(np.inf, score.dtype))  # no row is predicted positive; finite
     thresholds = np.append(above_all, score[last])
-    keep = _thin(fpr, tpr, max_points)
+    keep = _thin(false_positives, true_positives, max_points)
     return [
         (float(t), float(f), float(r)) for t, f, r in zip(thresholds[keep], fpr[keep], tpr[keep], strict=True)
     ], area
 
 
-def _thin(fpr: Any, tpr: Any, max_points: int) -> Any:
-    """Indices of the points where the curve bends, and of those at most `max_points`, even along its length."""
-    bends = np.flatnonzero(np.append(True, np.append(np.logical_or(np.diff(fpr, 2), np.diff(tpr, 2)), True)))
+def _thin(false_positives: Any, true_positives: Any, max_points: int) -> Any:
+    """Indices of the points where the step changes, and of those at most `max_points`, even along the curve."""
+    changes = np.logical_or(np.diff(false_positives, 2), np.diff(true_positives, 2))
+    bends = np.flatnonzero(np.append(True, np.append(changes, True)))
     if bends.size <= max_points:
         return bends
-    length = fpr[bends] + tpr[bends]  # grows from 0 to 2
+    length = false_positives[bends] / false_positives[-1] + true_positives[bends] / true_positives[-1]  # 0 to 2
     picked = np.searchsorted(length, np.linspace(0, length[-1], max_points))
     return bends[np.unique(np.append(0, np.append(picked[1:-1], bends.size - 1)))]
 
