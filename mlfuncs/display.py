@@ -177,7 +177,7 @@ def format_duration(seconds: float | None) -> str | None:
     """
     if seconds is None:
         return None
-    if seconds < 1:
+    if seconds < 0.9995:
         return f"{seconds * 1000:.3g} ms"
     if seconds < 60:
         return f"{seconds:.3g} s"
@@ -201,7 +201,9 @@ def format_bytes(size: float | None) -> str | None:
     if size is None:
         return None
     power = 0 if size < 1024 else min(4, int(math.log(size, 1024)))
-    return f"{size / 1024**power:.3g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+    amount = size / 1024**power
+    digits = 0 if power == 0 or amount >= 100 else 1
+    return f"{amount:.{digits}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
 
 
 def _cell(value: Any, best: bool) -> str:

@@ -42,6 +42,7 @@ class Recorder:
         with self._changed:
             self._records[record.run_id] = record
             self._start()
+            self._changed.notify_all()
 
     def release(self, record: Record) -> None:
         """Leave the record alone from now on."""
