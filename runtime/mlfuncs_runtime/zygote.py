@@ -261,9 +261,10 @@ class Zygote:
 
     def _close(self, unlink: bool) -> None:
         """Close everything of the zygote's own; its end, or a child's beginning."""
-        for connection in list(self._buffers):
-            self._drop(connection)
-        self._selector.close()
+        self._selector.close()  # first, and without unregistering: a child's epoll set is the zygote's own
+        for connection in self._buffers:
+            connection.close()
+        self._buffers.clear()
         self._listener.close()
         if unlink:
             with contextlib.suppress(OSError):
