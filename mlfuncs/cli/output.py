@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,12 +14,12 @@ from mlfuncs.errors import InvalidInput, SpecError
 as_json = click.option("--json", "json_wanted", is_flag=True, help="Print one JSON object.")
 
 
-def emit(values: Any, json_wanted: bool, text: Callable[[], str] | str) -> None:
+def emit(values: Any, json_wanted: bool, text: str | Callable[[], str]) -> None:
     """Print `values` as JSON when wanted, else the text for people."""
     if json_wanted:
         click.echo(json.dumps(values, default=str))
     else:
-        click.echo(text if isinstance(text, str) else text())
+        click.echo(text() if callable(text) else text)
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], empty: str) -> str:
@@ -49,7 +50,7 @@ def parse_assignments(pairs: Iterable[str], option: str) -> dict[str, Any]:
 def parse_data(text: str) -> Any:
     """The JSON in `text`, in the file that "@FILE" names, or on standard input for "-". Raises InvalidInput."""
     if text == "-":
-        text = click.get_text_stream("stdin").read()
+        text = sys.stdin.read()
     elif text.startswith("@"):
         try:
             with open(text[1:], encoding="utf-8") as file:
