@@ -96,6 +96,8 @@ def _from_pandas(value: Any, metadata: dict[str, Any]) -> Any:
     except (pyarrow.ArrowException, TypeError, ValueError) as exc:
         raise NotEncodable(f"a table that Arrow cannot hold: {exc}") from exc
     metadata["freq"] = getattr(frame.index, "freqstr", None)
+    metadata["objects"] = [i for i in range(frame.shape[1]) if frame.iloc[:, i].dtype == object]
+    metadata["object_labels"] = [axis for axis in ("index", "columns") if getattr(frame, axis).dtype == object]
     _refuse_changing(frame)
     return table
 
@@ -106,6 +108,8 @@ def _refuse_changing(frame: Any) -> None:
 
     if frame.attrs:
         raise NotEncodable("a table with attrs")
+    if frame.shape[1] == 0 and len(frame):
+        raise NotEncodable("a table with rows and no columns")
     if frame.columns.nlevels > 1 or (frame.columns.dtype.kind not in "OiUT" and str(frame.columns.dtype) != "str"):
         raise NotEncodable(f"a table whose column names are {frame.columns.dtype}")
     columns = [frame.iloc[:, i] for i in range(frame.shape[1])]
@@ -115,6 +119,8 @@ def _refuse_changing(frame: Any) -> None:
             raise NotEncodable("a sparse column")
         if column.dtype != object:
             continue
+        if len(levels) > 1 and any(column is level for level in levels):
+            raise NotEncodable("an index of several levels that holds objects")
         found = pandas.api.types.infer_dtype(column, skipna=True)
         if found not in _SAFE_OBJECTS or any(item is not None for item in column[column.isna()]):
             raise NotEncodable(f"a column of {found} objects")
@@ -123,7 +129,7 @@ def _refuse_changing(frame: Any) -> None:
 def _to_pandas(table: Any, metadata: dict[str, Any], library: str) -> Any:
     import pandas
 
-    frame = table.to_pandas()
+    frame = _restore_objects(table.to_pandas(), metadata)
     if metadata.get("freq") and isinstance(frame.index, pandas.DatetimeIndex):
         frame.index.freq = pandas.tseries.frequencies.to_offset(metadata["freq"])
     if library != "series":
@@ -134,6 +140,20 @@ def _to_pandas(table: Any, metadata: dict[str, Any], library: str) -> Any:
 
     series = frame.iloc[:, 0]
     return series.rename(untagged.loads(metadata["name"].encode()) if "name" in metadata else series.name)
+
+
+def _restore_objects(frame: Any, metadata: dict[str, Any]) -> Any:
+    """`frame` with text that was held as Python objects held so again: pandas reads text as its own str dtype."""
+    for position in metadata.get("objects", ()):
+        column = frame.iloc[:, position]
+        if column.dtype != object:
+            objects = column.astype(object)
+            frame.isetitem(position, objects.where(column.notna(), None))
+    for axis in metadata.get("object_labels", ()):
+        labels = getattr(frame, axis)
+        if labels.nlevels == 1 and labels.dtype != object:
+            setattr(frame, axis, labels.astype(object))
+    return frame
 
 
 def _polars_schema(frame: Any) -> dict[str, str]:
