@@ -68,8 +68,7 @@ class Settings:
         """The settings as `MLFUNCS_*` variables, for a child process that must see the same ones."""
         return {
             PREFIX + field.name.upper(): str(getattr(self, field.name))
-            for field in dataclasses.fields(self)
-            if str(getattr(self, field.name))
+            for field in dataclasses.fields(self)  # empty ones too: a project file must not fill them in again
         }
 
 
@@ -150,13 +149,18 @@ def _project_table(cwd: Path) -> dict[str, Any]:
 @functools.lru_cache(maxsize=8)
 def _read_table(path: Path, changed_ns: int, size: int) -> dict[str, Any]:
     """Parsing takes a millisecond, and settings are read for every run: parsed once per state of the file."""
-    return tomllib.loads(path.read_text(encoding="utf-8")).get("tool", {}).get("mlfuncs", {})
+    table: Any = tomllib.loads(path.read_text(encoding="utf-8"))
+    for key in ("tool", "mlfuncs"):
+        table = table.get(key, {})
+        if not isinstance(table, dict):
+            raise SpecError(f"{path} has {key} = {table!r}; write a table: [tool.mlfuncs]")
+    return table
 
 
 def _coerce(name: str, value: Any, kind: str) -> Any:
     if kind == "int":
         try:
-            return int(value)
+            return int(str(value))  # through text: True and 8080.5 are not ports
         except (TypeError, ValueError):
             raise SpecError(
                 f"setting {name} must be a whole number, not {value!r}; set {PREFIX}{name.upper()}"

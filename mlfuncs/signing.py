@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlfuncs.errors import SpecError, UntrustedError
+from mlfuncs.errors import SpecError, StorageError, UntrustedError
 from mlfuncs.settings import Settings, ensure_home
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ class KeyRing:
 
 def project_key(settings: Settings) -> SigningKey:
     """The project's private key, made on first use (atomically, readable by its owner only)."""
+    from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -79,7 +80,12 @@ def project_key(settings: Settings) -> SigningKey:
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
         _create_once(path, pem)
-    private = serialization.load_pem_private_key(path.read_bytes(), password=None)
+    try:
+        private = serialization.load_pem_private_key(path.read_bytes(), password=None)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as exc:
+        raise SpecError(f"{path} is not a readable key ({exc}); put it back from a copy, or move it away") from exc
+    except OSError as exc:
+        raise StorageError(f"the signing key {path} cannot be read: {exc.strerror or exc}") from exc
     if not isinstance(private, Ed25519PrivateKey):
         raise SpecError(f"{path} is not an Ed25519 key; move it away and a new one is made")
     raw = private.public_key().public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)

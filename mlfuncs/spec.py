@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -139,7 +140,11 @@ class FunctionSpec:
 
     def __post_init__(self) -> None:
         check_name("function", self.name)
-        _require(self.timeout_s > 0, f"timeout_s must be above 0 seconds, not {self.timeout_s!r}")
+        self._own_collections()
+        _require(
+            self.timeout_s > 0 and math.isfinite(self.timeout_s),
+            f"timeout_s must be above 0 seconds and finite, not {self.timeout_s!r}",
+        )
         _require(self.retries >= 0, f"retries must be 0 or more, not {self.retries!r}")
         for key, value in self.env.items():
             _require(bool(_ENV_NAME.fullmatch(key)), f"env name {key!r} is not an environment variable name")
@@ -151,6 +156,15 @@ class FunctionSpec:
             _require(secret not in self.env, f"{secret!r} is in both env and secrets; keep it in secrets")
         if self.requirements is not None:
             _check_requirements(self.requirements)
+
+    def _own_collections(self) -> None:
+        """Copies of what was given, as the declared types: a change to the caller's list or dict does not reach in."""
+        for key in ("secrets", "features"):
+            object.__setattr__(self, key, tuple(getattr(self, key)))
+        for key in ("env", "labels"):
+            object.__setattr__(self, key, dict(getattr(self, key)))
+        if self.requirements is not None:
+            object.__setattr__(self, "requirements", tuple(self.requirements))
 
     def to_dict(self) -> dict[str, Any]:
         """The spec as JSON-ready values; `from_dict` gives an equal spec back."""
