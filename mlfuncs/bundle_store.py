@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mlfuncs.errors import NotFound, StorageError, UntrustedError
+from mlfuncs.files import locked
 from mlfuncs.settings import Settings, ensure_home
 from mlfuncs.signing import KeyRing, key_ring, project_key, sha256_hex
 
@@ -37,7 +38,12 @@ def keep(digest: str, content: bytes, settings: Settings) -> StoredBundle:
     """Sign an archive and store it, here and at the artifact URL. Raises StorageError."""
     signature = project_key(settings).sign(_statement(digest, content))
     folder = _folder(digest, settings)
-    _place(folder, {ARCHIVE: content, SIGNATURE: signature.encode()})
+    with locked(settings.home / "bundles" / ".lock"):
+        known = find_own(digest, settings)  # another builder may have been first: a good copy is never moved away
+        if known is None:
+            _place(folder, {ARCHIVE: content, SIGNATURE: signature.encode()})
+        else:
+            content, signature = known.content, (folder / SIGNATURE).read_text()
     push(digest, content, signature.encode(), settings)
     return StoredBundle(digest, folder, content)
 

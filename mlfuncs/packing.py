@@ -81,6 +81,8 @@ class CodePickler(cloudpickle.Pickler):
             if not is_by_value(obj, self.by_value):
                 return NotImplemented
             return _new_function, (), (obj.target, obj.spec), None, None, _fill_function
+        if kind in _SENTINELS:
+            return _sentinel, (_SENTINELS[kind],)
         if kind is functools._lru_cache_wrapper:
             if not is_by_value(obj, self.by_value):
                 return NotImplemented
@@ -117,6 +119,14 @@ class CodePickler(cloudpickle.Pickler):
         if fields:
             attributes["__dataclass_fields__"] = {n: _with_type(f, hints.get(n, f.type)) for n, f in fields.items()}
         return reduced
+
+
+# values of dataclasses that are compared by identity, and so must be the reader's own
+_SENTINELS = {type(getattr(dataclasses, name)): name for name in ("MISSING", "KW_ONLY", "_HAS_DEFAULT_FACTORY")}
+
+
+def _sentinel(name: str) -> Any:
+    return getattr(dataclasses, name)
 
 
 def _with_type(field: dataclasses.Field[Any], hint: Any) -> dataclasses.Field[Any]:
