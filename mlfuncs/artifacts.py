@@ -11,7 +11,7 @@ reader's settings, before anything is unpickled.
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import hashlib
 import html
 import os
@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from mlfuncs.codecs import NotEncodable, codec_named, codecs_for
-from mlfuncs.errors import ArtifactError, UntrustedError
+from mlfuncs.errors import ArtifactError, StorageError, UntrustedError
 from mlfuncs.objects import ObjectStore, check_digest, file_digest, open_objects
 from mlfuncs.settings import Settings, ensure_home
 from mlfuncs.signing import key_ring, project_key
@@ -153,9 +153,10 @@ class ArtifactStore:
 
     def _unpack(self, codec: Any, ref: ArtifactRef) -> Path:
         """The file or directory under its own name, unpacked once per digest into the cache."""
-        name = PurePosixPath(str(ref.metadata.get("name", ""))).name or codec.kind
-        folder = ensure_home(self._settings) / "cache" / "files" / f"{ref.digest}-{codec.kind}"
-        if not (folder / name).exists():
+        name = _file_name(str(ref.metadata.get("name", ""))) or codec.kind
+        variant = hashlib.sha256(f"{codec.kind}/{name}".encode()).hexdigest()[:16]
+        folder = ensure_home(self._settings) / "cache" / "files" / f"{ref.digest}-{variant}"
+        if not folder.exists():
             source = self.local_path(ref)
             if file_digest(source) != ref.digest:
                 raise UntrustedError(f"artifact {ref.digest} does not match its digest; it was not unpacked")
@@ -164,8 +165,12 @@ class ArtifactStore:
             try:
                 codec.unpack(source, aside / name)
                 _make_read_only(aside)
-                with contextlib.suppress(OSError):  # another process was first; its copy is the same
-                    os.rename(aside, folder)
+                os.rename(aside, folder)
+            except FileExistsError:
+                pass  # another process was first; its copy is the same
+            except OSError as exc:
+                if exc.errno != errno.ENOTEMPTY:
+                    raise StorageError(f"{ref.kind} {name!r} cannot be unpacked into {folder.parent}: {exc}") from exc
             finally:
                 shutil.rmtree(aside, ignore_errors=True)
         return folder / name
@@ -211,6 +216,11 @@ class _HashingSink:
 
 def _type_name(value: Any) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def _file_name(name: str) -> str:
+    """`name` when it is one part of a path; else empty."""
+    return name if name == PurePosixPath(name).name and name != ".." and "\0" not in name and len(name) < 256 else ""
 
 
 def _make_read_only(folder: Path) -> None:

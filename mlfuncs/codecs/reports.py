@@ -58,7 +58,7 @@ class PageCodec:
         return {"title": text.strip()[:80]}
 
     def decode(self, source: Path, metadata: dict[str, Any], hint: Any) -> Any:
-        return self._page(source.read_text(encoding="utf-8"))
+        return self._page(source.read_bytes().decode())  # not read_text, which changes line ends
 
 
 class FigureCodec:
