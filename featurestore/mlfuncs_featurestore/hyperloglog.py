@@ -36,8 +36,11 @@ def estimate(registers: Iterable[int]) -> int:
     counts = [0] * 66
     for register in registers:
         counts[register] += 1
-    total = math.fsum(count * 2.0**-rank for rank, count in enumerate(counts) if count)
-    raw = 0.7213 / (1 + 1.079 / REGISTERS) * REGISTERS * REGISTERS / total
-    if raw <= 2.5 * REGISTERS and counts[0]:
-        return round(REGISTERS * math.log(REGISTERS / counts[0]))
-    return round(raw)
+    total, weight, m = 0.0, 1.0, float(REGISTERS)
+    for count in counts:  # this very order of operations is also that of the kernel
+        total += count * weight
+        weight *= 0.5
+    raw = 0.7213 / (1.0 + 1.079 / m) * m * m / total
+    if raw <= 2.5 * m and counts[0]:
+        return int(m * math.log(m / counts[0]) + 0.5)
+    return int(raw + 0.5)
