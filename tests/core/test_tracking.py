@@ -85,7 +85,7 @@ def test_what_is_no_metric_is_refused_by_name(name, value, step, message):
     "call", [lambda: ml.log_metric("a", 1), lambda: ml.log_params({}), lambda: ml.log_artifact("a", 1)]
 )
 def test_outside_a_run_it_says_what_to_do(call):
-    with pytest.raises(Conflict, match="outside a run.*start the function with .run"):
+    with pytest.raises(Conflict, match=r"outside a run.*start the function with \.run"):
         call()
 
 
