@@ -81,7 +81,7 @@ async def serve(path: Path, handle: Handler) -> asyncio.Server:
     """A server on `path` (replacing a dead socket there) that answers each line with what `handle` returns."""
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError, ValueError, asyncio.IncompleteReadError):
+        with contextlib.suppress(OSError, ValueError, asyncio.CancelledError):  # cancelled: the server ends
             while line := await reader.readline():
                 writer.write(_encode(await _answer(handle, line)))
                 await writer.drain()

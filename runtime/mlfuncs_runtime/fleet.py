@@ -116,6 +116,7 @@ class Fleet:
         self._places, self._launch, self._drain, self._changed = places, launch, drain, changed
         self._tasks: set[asyncio.Task[None]] = set()
         self._saved = ""
+        self._exits: dict[int, int] = {}  # of forked workers, as their zygotes told
 
     def observe(self) -> Observed:
         """What is there now."""
@@ -207,10 +208,12 @@ class Fleet:
         records: list[ReplicaRecord | ZygoteRecord] = [*self.replicas.values(), *self.zygotes.values()]
         return [record.process for record in records if record.process]
 
-    def forget_tasks(self) -> None:
+    async def forget(self) -> None:
         """Stop watching; the processes go on."""
-        for task in self._tasks:
+        tasks = list(self._tasks)
+        for task in tasks:
             task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     # --- workers
 
@@ -286,6 +289,8 @@ class Fleet:
         await record.process.wait()
         status = record.process.exit_status()
         record.process.close()
+        if status is None:
+            status = await self._exit_by_zygote(record.seen.key, record.process.pid)
         if self.replicas.pop(record.seen.id, None) is None:
             return
         seen = record.seen
@@ -297,6 +302,15 @@ class Fleet:
         for path in (record.socket, record.socket + ".error", str(self._places.configs / f"{seen.id}.json")):
             Path(path).unlink(missing_ok=True)
         self._changed()
+
+    async def _exit_by_zygote(self, key: Key, pid: int) -> int | None:
+        """The exit status of a forked worker, which its parent knows; None when that is gone."""
+        zygote = self.zygotes.get(key)
+        if zygote is not None and zygote.seen.phase is ZygotePhase.READY:
+            with contextlib.suppress(MlfuncsError):
+                answer = await zygote.client.call({"op": "exits"}, timeout_s=1.0)
+                self._exits.update({int(end["pid"]): int(end["status"]) for end in answer["exits"]})
+        return self._exits.pop(pid, None)
 
     def _signal(self, record: ReplicaRecord, number: int, phase: Phase) -> None:
         if record.seen.phase is Phase.PARKED and record.process:

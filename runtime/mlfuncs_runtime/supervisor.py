@@ -87,7 +87,7 @@ class Supervisor:
         await self.stopping.wait()
         log.info("stopping everything of %s", self.places.home)
         server.close()
-        self._shut_down()
+        await self._shut_down()
 
     async def refresh(self) -> None:
         """Read the registry; when it does not answer, what runs goes on as it is."""
@@ -247,11 +247,12 @@ class Supervisor:
             old.send(signal.SIGKILL)
             old.close()
 
-    def _shut_down(self) -> None:
+    async def _shut_down(self) -> None:
         self._stop_sentinel()
-        for task in self._tasks:
+        tasks = list(self._tasks)
+        for task in tasks:
             task.cancel()
-        self.fleet.forget_tasks()
+        await asyncio.gather(*tasks, self.fleet.forget(), return_exceptions=True)
         self.router.stop()
         processes.stop_sync(self.fleet.all_processes(), _STOP_S)
         remove_sockets(self.places)
