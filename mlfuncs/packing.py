@@ -54,9 +54,10 @@ def unpack(code: bytes) -> Any:
 
 @contextmanager
 def _registered(by_value: frozenset[str]) -> Iterator[None]:
-    modules = [sys.modules[name] for name in by_value if name in sys.modules]
+    # keyed by the module's own name: `__mp_main__` is `__main__` under a second one
+    modules = {sys.modules[name].__name__: sys.modules[name] for name in by_value if name in sys.modules}
     before = cloudpickle.list_registry_pickle_by_value()
-    mine = [module for module in modules if module.__name__ not in before]
+    mine = [module for name, module in modules.items() if name not in before]
     for module in mine:
         cloudpickle.register_pickle_by_value(module)
     try:
