@@ -47,16 +47,27 @@ class WorkerApp:
         self.starting: list[Awaitable[None]] = []
         self.metrics = WorkerMetrics(options.labels)
         self.on_stuck = on_stuck
-        self.invocation = Invocation(handler, options, self.give_up)
-        self._post = self.invocation.post
+        self.invocation = Invocation(handler, options, self.metrics, self.give_up)
+        self._post: Route = self.invocation.post
+        self._nuclio = None
         self._routes: dict[str, tuple[str, Route]] = {
-            "/": ("POST", self._post),
-            "/docs": ("GET", self._get_docs),
-            "/openapi.json": ("GET", self._get_openapi),
             "/-/ready": ("GET", self._get_ready),
             "/-/live": ("GET", self._get_live),
             "/-/metrics": ("GET", self._get_metrics),
         }
+        if handler.kind == "nuclio":
+            from mlfuncs_runtime.nuclio_handler import NuclioService
+
+            self._nuclio = NuclioService(handler, self.invocation)
+            self._post = self._nuclio.post
+            if self._nuclio.pending is not None:
+                self.starting.append(self._nuclio.pending)
+        else:
+            self._routes |= {
+                "/": ("POST", self._post),
+                "/docs": ("GET", self._get_docs),
+                "/openapi.json": ("GET", self._get_openapi),
+            }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request; every error becomes a problem document."""
@@ -89,6 +100,15 @@ class WorkerApp:
             await pending
         self.starting.clear()
 
+    def begin_drain(self) -> None:
+        """Stop welcoming requests: connections close with their next answer."""
+        self.draining = True
+        if self._nuclio is not None:
+            try:
+                self._nuclio.context.platform.on_drain()
+            except Exception as exc:  # noqa: BLE001 - the user's callback; the drain goes on
+                internal_failure(exc)
+
     def give_up(self) -> None:
         """The handler does not come back from a call: refuse what waits, and tell the worker around."""
         self.stuck = True
@@ -116,6 +136,9 @@ class WorkerApp:
             allow = "GET, HEAD" if method == "GET" else method
             detail = f"{exchange.method} is not allowed on {exchange.path!r}; use {allow}"
             await exchange.refuse(405, "MethodNotAllowed", detail, [(b"allow", allow.encode())])
+            return
+        if self._nuclio is not None and not exchange.path.startswith("/-/"):
+            await self._post(exchange)
             return
         if self.handler.user_app is not None and not exchange.path.startswith("/-/"):
             await self._forward(exchange)

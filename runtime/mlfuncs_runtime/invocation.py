@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -12,11 +13,16 @@ import orjson
 from mlfuncs.errors import MlfuncsError
 from mlfuncs.request_context import CURRENT_REQUEST
 from mlfuncs.spec import Batch
+from mlfuncs_runtime.batched import BatchedCalls
+from mlfuncs_runtime.batching import row_plan
 from mlfuncs_runtime.calls import AsyncCalls, ThreadCalls
 from mlfuncs_runtime.exchange import JSON, Exchange
 from mlfuncs_runtime.failures import bad_result, handler_failure
 from mlfuncs_runtime.handlers import Handler, item_dumper
 from mlfuncs_runtime.streaming import iterate, iterate_async, stream
+from mlfuncs_runtime.worker_metrics import WorkerMetrics
+
+log = logging.getLogger("mlfuncs.worker")
 
 
 @dataclass(frozen=True)
@@ -37,14 +43,18 @@ class AppOptions:
 class Invocation:
     """How one handler is called; shared by every protocol. `call` is for any of them, `post` for typed JSON."""
 
-    def __init__(self, handler: Handler, options: AppOptions, on_stuck: Callable[[], None]) -> None:
+    def __init__(
+        self, handler: Handler, options: AppOptions, metrics: WorkerMetrics, on_stuck: Callable[[], None]
+    ) -> None:
         self.handler, self.options = handler, options
+        self.rows = metrics.batch_rows
         self.calls: AsyncCalls | ThreadCalls
         if handler.style.startswith("async"):
             self.calls = AsyncCalls()
         else:
             threads = max(1, options.concurrency)
             self.calls = ThreadCalls(threads, options.queue_size, options.stuck_grace_s, on_stuck)
+        self.batched = _make_batched(handler, options, self.calls, metrics)
         self._streams = handler.style.endswith("stream")
         self._validate = handler.signature.validate_json
         self._call = handler.call
@@ -52,13 +62,22 @@ class Invocation:
         self._quick = returns if (returns := handler.signature.returns) in _QUICK else None
         self._dump = item_dumper(handler) if self._streams else handler.signature.dump_json
 
-    async def call(self, call: Callable[..., Any], values: Mapping[str, Any], exchange: Exchange) -> Any:
-        """The result of `call(**values)`, run as the handler's style asks. Raises what the caller is to be told."""
+    async def call(self, values: Mapping[str, Any], exchange: Exchange) -> Any:
+        """The handler's result for named values, alone or in a batch. Raises what the caller is to be told."""
         calls = self.calls
         try:
+            if self.batched is not None:
+                return await self.batched.call(values, exchange)
             if calls.inline:
-                return calls.run_inline(call, values, exchange)
-            return await calls.run(partial(call, **values), exchange)
+                return calls.run_inline(self._call, values, exchange)
+            return await calls.run(partial(self._call, **values), exchange)
+        except Exception as exc:
+            raise handler_failure(exc) from exc
+
+    async def guarded(self, running: Awaitable[Any]) -> Any:
+        """What `running` gives. Raises what the caller is to be told."""
+        try:
+            return await running
         except Exception as exc:
             raise handler_failure(exc) from exc
 
@@ -77,14 +96,7 @@ class Invocation:
         if self._streams:
             await self._stream(values, exchange)
             return
-        calls = self.calls
-        try:
-            if calls.inline:
-                result = calls.run_inline(self._call, values, exchange)
-            else:
-                result = await calls.run(partial(self._call, **values), exchange)
-        except Exception as exc:
-            raise handler_failure(exc) from exc
+        result = await self.call(values, exchange)
         await exchange.answer(200, _quick_json(result) if type(result) is self._quick else self.dump(result))
 
     def dump(self, result: Any) -> bytes:
@@ -101,6 +113,20 @@ class Invocation:
         else:
             items = iterate_async(made, exchange)
         await stream(exchange, items, self.dump, handler_failure, self.options.timeout_s)
+
+
+def _make_batched(
+    handler: Handler, options: AppOptions, calls: AsyncCalls | ThreadCalls, metrics: WorkerMetrics
+) -> BatchedCalls | None:
+    if options.batch is None or handler.kind == "nuclio" or handler.style.endswith("stream"):
+        return None
+    plan = row_plan(handler.signature)
+    if isinstance(plan, str):
+        log.warning("requests are not batched: %s", plan)
+        return None
+    batched = BatchedCalls(handler.call, plan, options.batch, calls, metrics.batch_rows)
+    batched.queue_size = options.queue_size
+    return batched
 
 
 # results of exactly these types need no check against the hint, and orjson writes them as pydantic would

@@ -135,7 +135,7 @@ class Service:
     def _drain(self) -> None:
         if self.app.draining:
             return
-        self.app.draining = True
+        self.app.begin_drain()
         self._loop.call_later(LAME_DUCK_S, self._end)
 
     def _end(self) -> None:

@@ -24,7 +24,8 @@ async def iterate(calls: Calls, generator: Any, context: RequestContext) -> Asyn
         while (item := await calls.run(partial(next, generator, _END), context)) is not _END:
             yield item
     finally:
-        await calls.run(generator.close, context)
+        if hasattr(generator, "close"):
+            await calls.run(generator.close, context)
 
 
 async def iterate_async(generator: Any, context: RequestContext) -> AsyncIterator[Any]:
