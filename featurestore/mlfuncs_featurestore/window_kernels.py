@@ -60,61 +60,108 @@ def _after(event, first, last, moment):
 
 
 @njit(cache=True, nogil=True)
-def float_sums(starts, event, known, until, fifo, bits, valid, q_starts, q_at, window, out_sum, out_count):
-    """Exact sums of float64 `bits`, rounded once, and counts of valid values, at each query."""
-    limbs, scratch = np.zeros(LIMBS, np.int64), np.zeros(LIMBS, np.int64)
-    odd = np.zeros(3, np.int64)  # how many NaN, +inf, -inf
+def float_prefixes(starts, fifo, bits, valid):
+    """Running sums of each entity's values as 128-bit integers, and running counts, for `prefix_sums`.
+
+    Returns (high, low, count, base): the value of entity e's sum up to and with event i is (high[i], low[i]) times
+    2**(base[e] - 1075). base[e] is 0 where that does not hold: the entity is not fifo, or has a NaN, an infinity or
+    too wide a range of exponents.
+    """
+    n = len(bits)
+    high, low, count = np.empty(n, np.int64), np.empty(n, np.uint64), np.empty(n, np.int64)
+    base = np.zeros(len(starts) - 1, np.int64)
     for e in range(len(starts) - 1):
-        first, last = starts[e], starts[e + 1]
-        if q_starts[e] == q_starts[e + 1]:
+        if not fifo[e]:
             continue
-        base, top = exponent_range(bits, valid, first, last)
-        narrow = top - base + 53 + bit_length(np.uint64(last - first)) <= 126
-        high, low, count = np.int64(0), np.uint64(0), 0
-        odd[:] = 0
-        limbs[:] = 0
+        first, last = starts[e], starts[e + 1]
+        smallest, top = exponent_range(bits, valid, first, last)
+        if top - smallest + 53 + bit_length(np.uint64(last - first)) > 126:
+            continue
+        base[e] = smallest
+        a, b, c = np.int64(0), np.uint64(0), 0
+        for i in range(first, last):
+            if valid[i]:
+                exponent, mantissa = split(bits[i])
+                if exponent == EXPONENTS:
+                    base[e] = 0
+                    break
+                c += 1
+                if mantissa:
+                    more_high, more_low = shifted(mantissa, exponent - smallest)
+                    if bits[i] >= 0:
+                        a, b = add_128(a, b, more_high, more_low)
+                    else:
+                        a, b = subtract_128(a, b, more_high, more_low)
+            high[i], low[i], count[i] = a, b, c
+    return high, low, count, base
+
+
+@njit(cache=True, nogil=True)
+def prefix_sums(starts, event, known, prefixes, q_starts, q_at, window, out_sum, out_count):
+    """Exact sums, rounded once, and counts, of the entities that have prefixes: each is one difference."""
+    high, low, count, base = prefixes
+    for e in range(len(starts) - 1):
+        if base[e] == 0:
+            continue
+        first, last = starts[e], starts[e + 1]
         head, tail = first, first
         for q in range(q_starts[e], q_starts[e + 1]):
             t = q_at[q]
-            if fifo[e]:
-                start = tail  # what enters: from `tail` on, as long as it is known
-                while tail < last and known[tail] <= t:
-                    tail += 1
-                stop = tail
-            else:
-                high, low, count = np.int64(0), np.uint64(0), 0
-                odd[:] = 0
-                limbs[:] = 0
-                start, stop = _after(event, first, last, t - window), _after(event, first, last, t)
-            sign = 1
-            while True:
-                for i in range(start, stop):
-                    if not valid[i] or (not fifo[e] and not (known[i] <= t < until[i])):
-                        continue
-                    count += sign
-                    b = bits[i]
-                    exponent, mantissa = split(b)
-                    if exponent == EXPONENTS:
-                        odd[0 if b & MANTISSA else (2 if b < 0 else 1)] += sign
-                    elif not narrow:
-                        limbs_add(limbs, mantissa, exponent - base, sign if b >= 0 else -sign)
-                    elif mantissa:
-                        more_high, more_low = shifted(mantissa, exponent - base)
-                        if (b >= 0) == (sign > 0):
-                            high, low = add_128(high, low, more_high, more_low)
-                        else:
-                            high, low = subtract_128(high, low, more_high, more_low)
-                if sign < 0 or not fifo[e]:
-                    break
-                start = head
-                while head < tail and event[head] <= t - window:
-                    head += 1
-                stop, sign = head, -1
+            while tail < last and known[tail] <= t:
+                tail += 1
+            while head < tail and event[head] <= t - window:
+                head += 1
+            if head == tail:
+                out_sum[q], out_count[q] = 0.0, 0
+                continue
+            a, b, c = high[tail - 1], low[tail - 1], count[tail - 1]
+            if head > first:
+                a, b = subtract_128(a, b, high[head - 1], low[head - 1])
+                c -= count[head - 1]
+            out_sum[q], out_count[q] = round_128(a, b, base[e] - 1075), c
+
+
+@njit(cache=True, nogil=True)
+def float_sums(starts, event, known, until, bits, valid, base_of, q_starts, q_at, window, out_sum, out_count):
+    """Exact sums of float64 `bits`, rounded once, and counts of valid values; entities with a `base_of` are skipped.
+
+    Each query adds up its window anew.
+    """
+    limbs, scratch = np.zeros(LIMBS, np.int64), np.zeros(LIMBS, np.int64)
+    for e in range(len(starts) - 1):
+        first, last = starts[e], starts[e + 1]
+        if base_of[e] != 0 or q_starts[e] == q_starts[e + 1]:
+            continue
+        base, top = exponent_range(bits, valid, first, last)
+        narrow = top - base + 53 + bit_length(np.uint64(last - first)) <= 126
+        for q in range(q_starts[e], q_starts[e + 1]):
+            t = q_at[q]
+            high, low, count = np.int64(0), np.uint64(0), 0
+            nan, infinite, negative_infinite = False, False, False
+            limbs[:] = 0
+            for i in range(_after(event, first, last, t - window), _after(event, first, last, t)):
+                if not valid[i] or not (known[i] <= t < until[i]):
+                    continue
+                count += 1
+                b = bits[i]
+                exponent, mantissa = split(b)
+                if exponent == EXPONENTS:
+                    nan = nan or (b & MANTISSA) != 0
+                    infinite = infinite or ((b & MANTISSA) == 0 and b > 0)
+                    negative_infinite = negative_infinite or ((b & MANTISSA) == 0 and b < 0)
+                elif not narrow:
+                    limbs_add(limbs, mantissa, exponent - base, 1 if b >= 0 else -1)
+                elif mantissa:
+                    more_high, more_low = shifted(mantissa, exponent - base)
+                    if b >= 0:
+                        high, low = add_128(high, low, more_high, more_low)
+                    else:
+                        high, low = subtract_128(high, low, more_high, more_low)
             out_count[q] = count
-            if odd[0] or (odd[1] and odd[2]):
+            if nan or (infinite and negative_infinite):
                 out_sum[q] = np.nan
-            elif odd[1] or odd[2]:
-                out_sum[q] = np.inf if odd[1] else -np.inf
+            elif infinite or negative_infinite:
+                out_sum[q] = np.inf if infinite else -np.inf
             elif narrow:
                 out_sum[q] = round_128(high, low, base - 1075)
             else:

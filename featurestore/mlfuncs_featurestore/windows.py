@@ -126,6 +126,7 @@ class _Column:
 
     def __init__(self, array: pa.Array) -> None:
         self.array = array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
+        self._prefixes: tuple[np.ndarray, Any] | None = None
         self.is_int = pa.types.is_integer(self.array.type) or pa.types.is_boolean(self.array.type)
 
     @cached_property
@@ -151,8 +152,25 @@ class _Column:
         filled = floats.fill_null(0.0) if floats.null_count else floats
         return np.ascontiguousarray(filled.to_numpy(zero_copy_only=False)).view(np.int64)
 
-    def ranks(self, largest: bool) -> np.ndarray:
-        """int64 that order as the values do, downwards unless `largest`; NaN comes out on top either way."""
+    def prefixes(self, events: Events) -> tuple[np.ndarray, Any]:
+        """The bits to add up (zeros where only counting is defined) and their running sums; made once."""
+        if self._prefixes is None:
+            is_number = pa.types.is_floating(self.array.type)
+            bits = self.bits if is_number else np.zeros(len(self.array), np.int64)
+            self._prefixes = bits, kernels.float_prefixes(events.starts, events.fifo, bits, self.valid)
+        return self._prefixes
+
+    @cached_property
+    def highs(self) -> np.ndarray:
+        """int64 of which the greatest is the maximum's; NaN is on top."""
+        return self._ranks(True)
+
+    @cached_property
+    def lows(self) -> np.ndarray:
+        """int64 of which the greatest is the minimum's; NaN is on top."""
+        return self._ranks(False)
+
+    def _ranks(self, largest: bool) -> np.ndarray:
         if not pa.types.is_floating(self.array.type):
             return self.ints if largest else ~self.ints
         ordered = self.bits ^ ((self.bits >> 63) & np.int64(FOREVER))
@@ -189,15 +207,16 @@ class _Window:
     def sums(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
         """Sums, sums as float64, counts of values, and whether an integer sum overflowed."""
         total, count = np.empty(self._size), np.empty(self._size, np.int64)
-        base, column = (*self._base, self.events.fifo), self.column
+        column = self.column
         if column.is_int:
             whole = np.empty(self._size, np.int64)
+            base = (*self._base, self.events.fifo)
             overflow = kernels.int_sums(*base, column.ints, column.valid, *self._at, whole, total, count)
             return whole, total, count, overflow
-        if pa.types.is_floating(column.array.type):
-            kernels.float_sums(*base, column.bits, column.valid, *self._at, total, count)
-        else:  # only counts are defined
-            kernels.float_sums(*base, np.zeros(len(column.array), np.int64), column.valid, *self._at, total, count)
+        bits, prefixes = column.prefixes(self.events)
+        kernels.prefix_sums(*self._base[:3], prefixes, *self._at, total, count)
+        if not prefixes[3].all():
+            kernels.float_sums(*self._base, bits, column.valid, prefixes[3], *self._at, total, count)
         return total, total, count, False
 
     def std(self) -> pa.Array:
@@ -210,7 +229,7 @@ class _Window:
 
     def extreme(self, function: str) -> np.ndarray:
         index = np.empty(self._size, np.int64)
-        ranks = self.column.ranks(function == "max")
+        ranks = self.column.highs if function == "max" else self.column.lows
         kernels.largest(*self._base, self.events.fifo, ranks, self.column.valid, *self._at, index)
         return index
 
