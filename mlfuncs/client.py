@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import threading
@@ -171,11 +172,25 @@ def _child_of(traceparent: str) -> str:
 
 
 def _encode_slowly(values: Any) -> bytes:
+    """For integers over 64 bits, which orjson refuses; everything else goes through it value by value."""
     import json
+
+    import orjson
 
     from mlfuncs.frames import fallback, plain
 
-    return json.dumps(plain(values), default=fallback).encode()
+    def encode_one(value: Any) -> Any:
+        return orjson.loads(orjson.dumps(value, default=fallback, option=orjson.OPT_NON_STR_KEYS))
+
+    return json.dumps(_without_nan(plain(values)), default=encode_one, allow_nan=False).encode()
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return [_without_nan(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _pool() -> urllib3.PoolManager:
