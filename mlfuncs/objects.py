@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import os
 import re
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -20,7 +21,16 @@ from mlfuncs.errors import ArtifactError, StorageError, UntrustedError
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _STALE_S = 24 * 3600.0  # a staged file this old belongs to a process that died (guess: no write takes a day)
-_CHUNK = 1 << 20
+_BUCKETS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci"}  # protocols without folders
+# module and root error of the clients behind fsspec's s3, gs, az and http
+_CLIENT_ERRORS = (
+    ("botocore.exceptions", "BotoCoreError"),
+    ("botocore.exceptions", "ClientError"),
+    ("gcsfs.retry", "HttpError"),
+    ("google.auth.exceptions", "GoogleAuthError"),
+    ("azure.core.exceptions", "AzureError"),
+    ("aiohttp.client_exceptions", "ClientError"),
+)
 
 
 class ObjectStore(Protocol):
@@ -133,8 +143,7 @@ class RemoteObjects:
         size = staged.stat().st_size
         if self.size(digest) != size:
             with self._reachable():
-                self._fs.makedirs(self._at(digest).rpartition("/")[0], exist_ok=True)
-                self._fs.put_file(str(staged), self._at(digest))
+                self._put(staged, self._at(digest))
         self._cache.commit(staged, digest)
 
     def size(self, digest: str) -> int | None:
@@ -150,6 +159,16 @@ class RemoteObjects:
                 self._download(digest, staged)
                 self._cache.commit(staged, digest)
         return self._cache.path(digest)
+
+    def _put(self, staged: Path, target: str) -> None:
+        try:
+            self._fs.put_file(str(staged), target)
+        except FileNotFoundError as exc:
+            protocols = self._fs.protocol if isinstance(self._fs.protocol, tuple | list) else (self._fs.protocol,)
+            if _BUCKETS & set(protocols):  # there are no folders to make, and a bucket is not made by a typo
+                raise StorageError(f"the artifact store {self._url!r} has no such bucket: {exc}") from exc
+            self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
+            self._fs.put_file(str(staged), target)
 
     def _download(self, digest: str, staged: Path) -> None:
         with self._reachable():
@@ -167,10 +186,19 @@ class RemoteObjects:
     def _reachable(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError) as exc:
-            if isinstance(exc, FileNotFoundError):
-                raise
-            raise StorageError(f"the artifact store {self._url!r} does not answer: {exc}") from exc
+        except FileNotFoundError:
+            raise
+        except _client_errors() as exc:
+            raise StorageError(
+                f"the artifact store {self._url!r} cannot be used: {exc}; "
+                "check MLFUNCS_ARTIFACTS_URL and its credentials"
+            ) from exc
+
+
+def _client_errors() -> tuple[type[Exception], ...]:
+    """What reading and writing may raise: OSError, and the errors of the storage clients that are loaded."""
+    found = (getattr(sys.modules.get(module), name, None) for module, name in _CLIENT_ERRORS)
+    return (OSError, ValueError, *(error for error in found if error is not None))
 
 
 @contextlib.contextmanager

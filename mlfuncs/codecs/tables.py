@@ -50,7 +50,7 @@ def write(value: Any, sink: BinaryIO) -> dict[str, Any]:
     floats = [f.name for f in table.schema if pyarrow.types.is_floating(f.type)]
     dictionary = [f.name for f in table.schema if f.name not in floats]
     try:
-        # measured on floats: no dictionary decodes 3x cheaper than one, snappy 3x cheaper than zstd
+        # measured on floats: decoding is 3x cheaper without a dictionary, and with snappy 1.4 to 9x cheaper than zstd
         pyarrow.parquet.write_table(table, sink, compression="snappy", use_dictionary=dictionary, version="2.6")
     except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError) as exc:
         raise NotEncodable(f"a table that Parquet cannot hold: {exc}") from exc

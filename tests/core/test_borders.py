@@ -19,7 +19,7 @@ import pandas as pd
 import polars as pl
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from matplotlib.figure import Figure
@@ -226,6 +226,7 @@ class TestArrays:
             signature.validate_python({"x": [1.0]})
 
     @given(arrays.arrays(st.sampled_from([np.float64, np.int64, np.bool_]), arrays.array_shapes(max_dims=3)))
+    @settings(deadline=None)
     def test_comes_back_equal(self, value: Any) -> None:
         if value.dtype == np.float64:
             value = np.where(np.isinf(value), 0.0, value)

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -321,6 +321,7 @@ class TestBody:
         assert "z" in refusal(f, {"x": {"amount": 1}, "z": 1})
 
     @given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), st.lists, max_leaves=10))
+    @settings(deadline=None)
     def test_whatever_is_sent_is_taken_or_refused_by_name(self, value: Any) -> None:
         body = json.dumps({"x": value}).encode()
         try:
@@ -487,6 +488,7 @@ class TestResult:
         assert field in fields_of(lambda: Signature.of(f).dump_json(value))
 
     @given(st.lists(st.floats(allow_nan=False, allow_infinity=False)))
+    @settings(deadline=None)
     def test_floats_come_back_exactly(self, values: list[float]) -> None:
         def f(x: list[float]) -> list[float]:
             return x
