@@ -18,6 +18,7 @@ _CORE = {
     "Endpoint": "mlfuncs.endpoints",
     "Function": "mlfuncs.decorator",
     "HTML": "mlfuncs.results",
+    "LogUniform": "mlfuncs.search",
     "Markdown": "mlfuncs.results",
     "Metrics": "mlfuncs.results",
     "MlfuncsError": "mlfuncs.errors",

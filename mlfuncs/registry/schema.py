@@ -13,8 +13,8 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.types import TypeDecorator
 
-HEAD = "0001"  # the schema this release writes; a test holds it equal to the newest migration
-KNOWN = ("0001",)  # every schema this release can upgrade from, oldest first
+HEAD = "0002"  # the schema this release writes; a test holds it equal to the newest migration
+KNOWN = ("0001", "0002")  # every schema this release can upgrade from, oldest first
 VERSION_TABLE = "mlfuncs_version"
 
 metadata = sa.MetaData(
@@ -128,6 +128,7 @@ runs = sa.Table(
     _time("peak_memory_mib", nullable=True),
     sa.Index(None, "project", "created_at"),
     sa.Index(None, "project", "status"),
+    sa.Index(None, "project", "function", "created_at"),
     sa.Index(None, "parent_id"),
 )
 

@@ -1,4 +1,4 @@
-"""Statements that SQLite and PostgreSQL share but SQLAlchemy spells per dialect; made once, since making them is slow."""
+"""Statements that SQLite and PostgreSQL share but SQLAlchemy spells per dialect; built once, since that is slow."""
 
 from __future__ import annotations
 
