@@ -9,7 +9,7 @@ import os
 from mlfuncs.endpoints import CALL_URL
 from mlfuncs.errors import NotFound
 from mlfuncs.settings import Settings
-from mlfuncs_runtime.fleet import Launch
+from mlfuncs_runtime.books import Launch
 from mlfuncs_runtime.places import Places
 from mlfuncs_runtime.plan import EndpointPlan
 from mlfuncs_runtime.worker_config import WorkerConfig

@@ -82,7 +82,7 @@ class Orders:
             "endpoints": [
                 endpoint_overview(
                     plan,
-                    supervisor.fleet,
+                    supervisor.books,
                     supervisor.wished,
                     supervisor.scaler.load_of(plan.name),
                     supervisor.router.url,
@@ -101,7 +101,7 @@ class Orders:
             if plan is None:
                 raise NotFound("endpoint", name, desired.plans)
             if plan.rollout is not None and plan.rollout.id == rollout:
-                return {"state": "pending", "message": judge(plan, self._supervisor.fleet.observe()).message}
+                return {"state": "pending", "message": judge(plan, self._supervisor.books.observe()).message}
             outcome = desired.outcomes.get(name) or {}
             if outcome.get("id") != rollout:
                 return {"state": "replaced", "message": "another change of the endpoint's traffic came in between"}

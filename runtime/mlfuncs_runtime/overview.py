@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mlfuncs.rollouts import serving_revision
-from mlfuncs_runtime.fleet import Fleet, ReplicaRecord
+from mlfuncs_runtime.books import Books, ReplicaRecord
 from mlfuncs_runtime.plan import EndpointPlan, judge
 from mlfuncs_runtime.reconcile import Failures, Key, Phase
 
@@ -14,11 +14,11 @@ _BROKEN = 2  # failures in a row from which on an endpoint is called failing
 
 
 def endpoint_overview(
-    plan: EndpointPlan, fleet: Fleet, wished: Mapping[Key, int], load: Mapping[str, Any], url: str
+    plan: EndpointPlan, books: Books, wished: Mapping[Key, int], load: Mapping[str, Any], url: str
 ) -> dict[str, Any]:
     """One endpoint as in `mlfuncs.targets.EndpointStatus.to_dict`."""
-    records = [r for r in fleet.replicas.values() if r.seen.endpoint == plan.name]
-    state, message = judge_state(plan, fleet, wished)
+    records = [r for r in books.replicas.values() if r.seen.endpoint == plan.name]
+    state, message = judge_state(plan, books, wished)
     return {
         "name": plan.name,
         "project": plan.project,
@@ -39,9 +39,9 @@ def replica_overview(record: ReplicaRecord) -> dict[str, Any]:
     return {"id": record.seen.id, "revision": record.seen.revision, "pid": record.pid, "state": str(phase)}
 
 
-def judge_state(plan: EndpointPlan, fleet: Fleet, wished: Mapping[Key, int]) -> tuple[str, str]:
+def judge_state(plan: EndpointPlan, books: Books, wished: Mapping[Key, int]) -> tuple[str, str]:
     """The endpoint's state in one word, and what to say about it."""
-    observed = fleet.observe()
+    observed = books.observe()
     verdict = judge(plan, observed)
     under_way = verdict.message if plan.rollout else ""
     if not plan.traffic:

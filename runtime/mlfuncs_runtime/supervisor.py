@@ -26,9 +26,10 @@ from typing import Any
 from mlfuncs.errors import Conflict, MlfuncsError, Unavailable
 from mlfuncs.settings import Settings, read_settings
 from mlfuncs_runtime import processes, sentinel
+from mlfuncs_runtime.books import Books, Launch
 from mlfuncs_runtime.control import serve
 from mlfuncs_runtime.desired import DesiredState
-from mlfuncs_runtime.fleet import HEALTH_EVERY_S, Fleet, Launch
+from mlfuncs_runtime.fleet import Fleet
 from mlfuncs_runtime.launching import make_launch
 from mlfuncs_runtime.places import Places, make_places, read_json, remove_sockets
 from mlfuncs_runtime.plan import EndpointPlan, judge, route, wishes
@@ -41,6 +42,7 @@ log = logging.getLogger("mlfuncs.supervisor")
 
 TICK_S = 0.5
 REGISTRY_EVERY_S = 2.0
+HEALTH_EVERY_S = 5.0
 LOG_BYTES = 64 * 2**20  # an endpoint's log is moved aside once when it is larger
 EXIT_ALREADY_RUNS = 3  # sentinel.py knows it
 _STOP_S = 10.0
@@ -53,7 +55,8 @@ class Supervisor:
         self.settings, self.places = settings, places
         self.desired = DesiredState(settings)
         self.router = RouterProcess(settings, places)
-        self.fleet = Fleet(places, self._launch, self.router.drained, self.wake)
+        self.books = Books(places, self._launch, self.wake)
+        self.fleet = Fleet(self.books, self.router.drained)
         self.scaler = Scaler()
         self.wished: dict[Key, int] = {}
         self.stopping = asyncio.Event()
@@ -73,8 +76,8 @@ class Supervisor:
         from mlfuncs_runtime.orders import Orders
 
         state = read_json(self.places.state) or {}
-        await self.fleet.adopt(state)
-        self.scaler.restore(self.fleet.extra.get("scaled") or {})
+        self.fleet.adopt(state)
+        self.scaler.restore(self.books.extra.get("scaled") or {})
         self._stop_old_sentinel(state)
         await self.router.start()
         await self.refresh()
@@ -107,7 +110,7 @@ class Supervisor:
 
     async def _passes(self) -> None:
         while True:
-            timeout_s = min(TICK_S * 4, next_due_s(self.fleet.observe(), time.monotonic()))
+            timeout_s = min(TICK_S * 4, next_due_s(self.books.observe(), time.monotonic()))
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(timeout_s):
                     await self._due.wait()
@@ -128,7 +131,7 @@ class Supervisor:
         plans = list(self.desired.plans.values())
         for plan in plans:
             self._judge(plan)
-        observed = self.fleet.observe()
+        observed = self.books.observe()
         wished: list[Wish] = [wish for plan in plans for wish in wishes(plan, self.scaler.scaled, observed)]
         self.wished = {wish.key: wish.replicas for wish in wished}
         for action in reconcile(wished, observed, time.monotonic()):
@@ -136,8 +139,8 @@ class Supervisor:
         routes = [route(plan, self.fleet.routable(plan.name)) for plan in plans]
         await self.router.configure([entry for entry in routes if entry is not None])
         self.fleet.release()
-        self.fleet.extra = {**self.fleet.extra, "scaled": self.scaler.to_dict()}
-        self.fleet.save()
+        self.books.extra = {**self.books.extra, "scaled": self.scaler.to_dict()}
+        self.books.save()
         self._purge()
         async with self.passed:
             self.passed.notify_all()
@@ -150,8 +153,8 @@ class Supervisor:
         if rollout.id not in self._seen_rollouts:  # a new attempt does not pay for earlier ones
             self._seen_rollouts.add(rollout.id)
             for revision in rollout.traffic:
-                self.fleet.failures.pop((plan.name, revision), None)
-        verdict = judge(plan, self.fleet.observe())
+                self.books.failures.pop((plan.name, revision), None)
+        verdict = judge(plan, self.books.observe())
         if verdict.state == "pending":
             return
         self._finishing.add(rollout.id)
@@ -159,7 +162,7 @@ class Supervisor:
         async def finish() -> None:
             try:
                 if verdict.state == "complete":
-                    self.scaler.start(plan, self.fleet.observe(), time.monotonic())
+                    self.scaler.start(plan, self.books.observe(), time.monotonic())
                 await asyncio.to_thread(self.desired.finish, plan, rollout, verdict)
             except MlfuncsError as exc:
                 log.warning("%s: %s", plan.name, exc)
@@ -172,7 +175,7 @@ class Supervisor:
 
     def _purge(self) -> None:
         """Let go of deleted endpoints that have no process any more."""
-        running = {r.seen.endpoint for r in self.fleet.replicas.values()} | {key[0] for key in self.fleet.zygotes}
+        running = {r.seen.endpoint for r in self.books.replicas.values()} | {key[0] for key in self.books.zygotes}
         for name, row in list(self.desired.deleted.items()):
             if name not in running and name not in self._finishing:
                 self._finishing.add(name)
@@ -198,7 +201,7 @@ class Supervisor:
                 stats = await self.router.stats()
             except MlfuncsError:
                 continue  # the router is being restarted: no data is not zero load
-            if self.scaler.tick(self.desired.plans.values(), self.fleet.observe(), stats, time.monotonic()):
+            if self.scaler.tick(self.desired.plans.values(), self.books.observe(), stats, time.monotonic()):
                 self.wake()
 
     async def _watch_registry(self) -> None:
@@ -231,8 +234,8 @@ class Supervisor:
         own.close()
         env = {**os.environ, **self.settings.to_environ()}
         self._sentinel = processes.spawn(watcher, env, self.places.logs / "supervisor.log", self.places.run)
-        self.fleet.extra = {**self.fleet.extra, "sentinel": self._sentinel.to_dict(), "supervisor": os.getpid()}
-        self.fleet.save()
+        self.books.extra = {**self.books.extra, "sentinel": self._sentinel.to_dict(), "supervisor": os.getpid()}
+        self.books.save()
 
     def _stop_sentinel(self) -> None:
         if self._sentinel is not None:
@@ -252,9 +255,9 @@ class Supervisor:
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, self.fleet.forget(), return_exceptions=True)
+        await asyncio.gather(*tasks, self.books.forget(), return_exceptions=True)
         self.router.stop()
-        processes.stop_sync(self.fleet.all_processes(), _STOP_S)
+        processes.stop_sync(self.books.all_processes(), _STOP_S)
         remove_sockets(self.places)
 
     def _background(self, *work: Coroutine[Any, Any, None]) -> None:
