@@ -73,12 +73,16 @@ class LocalObjects:
     def __init__(self, root: Path) -> None:
         self._root = root
         self._staging = root / "staging"
+        self._swept = False
 
     @contextlib.contextmanager
     def stage(self) -> Iterator[Path]:
         with _writable(self._root):
             if not self._staging.is_dir():
                 self._staging.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not self._swept:
+                self._swept = True
+                self.sweep_staging()
             handle, name = tempfile.mkstemp(dir=self._staging)
             os.close(handle)
         try:

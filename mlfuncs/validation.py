@@ -14,7 +14,7 @@ from pydantic import BaseModel, PydanticSchemaGenerationError, PydanticUserError
 from pydantic_core import PydanticSerializationError, from_json, to_json, to_jsonable_python
 
 from mlfuncs.borders import adapt, object_type, python_only
-from mlfuncs.errors import InvalidInput, SignatureError
+from mlfuncs.errors import SignatureError
 from mlfuncs.frames import fallback, plain
 from mlfuncs.violations import invalid_input, refuse, unknown_and_missing
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from mlfuncs.signature import Parameter
 
 _ORJSON = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS | orjson.OPT_PASSTHROUGH_DATACLASS
-_UNBOXED = (int, float, bool, str)
 
 
 class Reader:
@@ -120,7 +119,8 @@ class Checker:
         checked: dict[str, Any] = {}
         fields: list[dict[str, str]] = []
         for name, value in values.items():
-            value = plain(value) if type(value).__module__ == "numpy" and _is_scalar(value, name, self) else value
+            if _is_numpy_scalar(value) and name not in self._numpy:
+                value = plain(value)
             try:
                 taken = self._adapters[name].validator.validate_python(value, strict=True)
             except ValidationError as exc:
@@ -179,8 +179,8 @@ class Writer:
             raise refuse(self._what, [{"field": "result", "message": str(exc)}]) from exc
 
 
-def _is_scalar(value: Any, name: str, checker: Checker) -> bool:
-    return getattr(value, "shape", None) == () and hasattr(value, "item") and name not in checker._numpy
+def _is_numpy_scalar(value: Any) -> bool:
+    return type(value).__module__ == "numpy" and getattr(value, "shape", None) == () and hasattr(value, "item")
 
 
 def _adapted(parameter: Parameter, what: str) -> Any:
@@ -248,6 +248,3 @@ def _extra_rule(annotations: Sequence[Any]) -> typing.Literal["forbid"] | None:
         return any(keeps_its_word(arg) for arg in typing.get_args(annotation))
 
     return None if any(keeps_its_word(annotation) for annotation in annotations) else "forbid"
-
-
-__all__ = ["Checker", "InvalidInput", "Reader", "Writer"]

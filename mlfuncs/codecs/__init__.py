@@ -48,7 +48,7 @@ class Codec(Protocol):
 
 
 def codec_for(value: Any, hint: Any = None) -> Codec:
-    """The first choice of format for `value`.
+    """The first choice of format for `value`. Text hinted as ml.HTML or ml.Markdown is a page.
 
     >>> codec_for({"a": (1, 2)}).kind
     'json'
@@ -119,6 +119,8 @@ def _kind_of(value: Any, hint: Any) -> str:
     }
     if cls in by_class:
         return by_class[cls]
+    if cls is str and hint in (results.HTML, results.Markdown):
+        return by_class[hint]
     if isinstance(value, Path):
         return _kind_of_path(value)
     figure = sys.modules.get("matplotlib.figure")

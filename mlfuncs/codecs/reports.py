@@ -53,7 +53,9 @@ class PageCodec:
         self.kind, self._page = kind, page
 
     def encode(self, value: Any, sink: BinaryIO) -> dict[str, Any]:
-        text = value.text if isinstance(value, HTML | Markdown) else value.to_html()  # plotly and altair figures
+        if isinstance(value, HTML | Markdown):
+            value = value.text
+        text = value if isinstance(value, str) else value.to_html()  # plotly and altair figures
         sink.write(text.encode())
         return {"title": text.strip()[:80]}
 

@@ -165,6 +165,10 @@ class TestRoundTrip:
             (tmp_path / name).write_text("same")
             assert store.get(store.put(tmp_path / name)).name == name
 
+    def test_text_hinted_as_a_page_is_a_page(self, store: ArtifactStore) -> None:
+        assert store.get(store.put("<b>x</b>", HTML)) == HTML("<b>x</b>")
+        assert store.get(store.put("# x", Markdown)) == Markdown("# x")
+
     def test_value_that_nothing_can_hold_says_so(self, store: ArtifactStore) -> None:
         with pytest.raises(ArtifactError, match=r"generator cannot be stored: .*cannot be pickled"):
             store.put(i for i in range(3))

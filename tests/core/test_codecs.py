@@ -160,7 +160,9 @@ class TestTaggedJson:
             Decimal("1.10"),
             datetime.datetime(2024, 10, 27, 2, 30, tzinfo=zoneinfo.ZoneInfo("Europe/Paris"), fold=1),
             zoneinfo.ZoneInfo("Asia/Tokyo"),
-            Model(when=datetime.datetime(2024, 1, 1, tzinfo=UTC), points=[Point(1)], more={"a": (1,)}),
+            Model.model_validate(
+                {"when": datetime.datetime(2024, 1, 1, tzinfo=UTC), "points": [Point(1)], "more": {"a": (1,)}}
+            ),
             pd.Timestamp("2024-01-01T00:00:00.000000001", tz="Europe/Paris"),
             pd.Timestamp("2024-01-01"),
             pd.Timedelta(1, "ns"),

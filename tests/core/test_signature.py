@@ -517,6 +517,6 @@ class TestSchemas:
     def test_type_that_cannot_be_validated_is_a_signature_error(self) -> None:
         def f(x: int) -> None: ...
 
-        f.__annotations__["x"] = typing.Generator[int, None, None] | int | "Nowhere"  # type: ignore[operator]
+        f.__annotations__["x"] = typing.Generator[int, None, None] | int | "Nowhere"
         with pytest.raises(SignatureError):
             Signature.of(f).validate_json(b'{"x": 1}')
