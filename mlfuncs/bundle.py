@@ -155,14 +155,14 @@ def build_bundle(target: Any, spec: FunctionSpec, settings: Settings) -> Bundle:
     """
     from mlfuncs.closure import walk_closure
     from mlfuncs.environment import environment_digest, infer_requirements, lock_requirements, own_extras
-    from mlfuncs.secrets import available_secrets
+    from mlfuncs.secrets import available_secrets, encodings_of
     from mlfuncs.siblings import collect_siblings
     from mlfuncs.signature import function_kind
 
     bundle_store.prepare(settings)
-    secrets = available_secrets(spec.secrets, settings)
+    secrets = {name: v for name, v in available_secrets(spec.secrets, settings).items() if encodings_of(v)}
     closure = walk_closure(target, tuple(secrets.items()))
-    siblings = collect_siblings(closure.modules - closure.by_value, closure.by_value)
+    siblings = collect_siblings(closure.modules)
     if spec.requirements is None:
         requirements = infer_requirements(siblings.external, settings.home)
     else:

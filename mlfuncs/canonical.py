@@ -47,10 +47,16 @@ MENDING = "create it inside the function, or in the __init__ of a class decorate
 
 
 class Encoder:
-    """Writes values to a running SHA-256. `encoders` maps an exact type to its writer, before the general rules."""
+    """Writes values to a running SHA-256. `encoders` and `libraries` map a type, exact or as
+    (top-level module, class name), to its writer, which comes before the general rules."""
 
-    def __init__(self, encoders: Mapping[type, Callable[[Any, Any], None]] | None = None) -> None:
+    def __init__(
+        self,
+        encoders: Mapping[type, Callable[[Any, Any], None]] | None = None,
+        libraries: Mapping[tuple[str, str], Callable[[Any, Any], None]] | None = None,
+    ) -> None:
         self.encoders = {**VALUE_ENCODERS, **(encoders or {})}
+        self.libraries = {**LIBRARY_ENCODERS, **(libraries or {})}
         self.trail: list[tuple[str, str, Any]] = []  # (what, name, value) from the function to the value at hand
         self._hash = hashlib.sha256()
         self._memo: dict[int, int] = {}
@@ -62,7 +68,7 @@ class Encoder:
 
     def fork(self) -> Encoder:
         """An encoder like this one with nothing encoded yet."""
-        child = Encoder(self.encoders)
+        child = Encoder(self.encoders, self.libraries)
         child.trail = self.trail
         return child
 
@@ -102,7 +108,7 @@ class Encoder:
         kind = type(value)
         writer = self.encoders.get(kind) or (self.encoders.get(type) if isinstance(value, type) else None)
         if writer is None:
-            writer = LIBRARY_ENCODERS.get((kind.__module__.partition(".")[0], kind.__name__))
+            writer = self.libraries.get((kind.__module__.partition(".")[0], kind.__name__))
         self.note(kind)
         if writer is not None:
             writer(self, value)
@@ -161,7 +167,7 @@ class Encoder:
 
     def where(self) -> str:
         """The steps from the function to the value at hand, for messages."""
-        functions = [name for what, name, _ in self.trail if what in ("function", "class")]
+        owners = [(what, name) for what, name, _ in self.trail if what in ("function", "class")]
         steps: list[str] = []
         last = None
         for what, name, value in self.trail:
@@ -170,9 +176,9 @@ class Encoder:
             else:
                 steps.append(f".{name}" if what == "attribute" and steps else f"{what} {name!r}")
                 last = last if len(steps) > 1 else value
-        owner = f"function {functions[-1]!r}" if functions else "the value"
-        if len(functions) > 1:
-            owner += f" (used by {functions[0]!r})"
+        owner = f"{owners[-1][0]} {owners[-1][1]!r}" if owners else "the value"
+        if len(owners) > 1:
+            owner += f" (used by {owners[0][1]!r})"
         text = "".join(step if step.startswith(".") else f": {step}" for step in steps)
         if len(steps) > 1:
             text += f" (in {_type_name(last)})"
@@ -280,6 +286,7 @@ VALUE_ENCODERS: dict[type, Callable[[Encoder, Any], None]] = {
     classmethod: _encode_wrapped,
     types.MethodType: _encode_method,
     functools._lru_cache_wrapper: _encode_cached,
+    functools.cached_property: lambda out, value: out.encode((value.func, value.attrname)),
     typing.TypeVar: _encode_type_variable,
     typing.ParamSpec: _encode_type_variable,
     typing.NewType: _encode_new_type,

@@ -176,7 +176,10 @@ def _origin(name: str, item: importlib.metadata.Distribution) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def _holds(name: str, path: str) -> bool:
-    files = importlib.metadata.files(name) or []
+    try:
+        files = importlib.metadata.files(name) or []
+    except importlib.metadata.PackageNotFoundError:  # removed since the table was made
+        return False
     return any(str(file).startswith((path + "/", path + ".")) for file in files)
 
 

@@ -21,10 +21,10 @@ from typing import Any
 
 import cloudpickle
 
-from mlfuncs.closure import init_context_of, is_by_value
+from mlfuncs.closure import init_context_of
 from mlfuncs.decorator import Function
 from mlfuncs.errors import BundleError
-from mlfuncs.source import resolved_hints
+from mlfuncs.source import is_by_value, is_single_dispatch, resolved_hints
 from mlfuncs.spec import FunctionSpec
 
 _registering = threading.RLock()  # cloudpickle's list of by-value modules belongs to the whole process
@@ -88,6 +88,10 @@ class CodePickler(cloudpickle.Pickler):
             if not is_by_value(obj, self.by_value):
                 return NotImplemented
             return _make_cached, (obj.__wrapped__, obj.cache_parameters())
+        if kind.__name__ == "CPUDispatcher" and kind.__module__.startswith("numba."):
+            return _make_jitted, (obj.py_func, obj.targetoptions)
+        if kind is functools.cached_property:
+            return _make_cached_property, (obj.func, obj.attrname)
         if kind is typing.NewType and obj.__module__ in self.by_value:
             return typing.NewType, (obj.__name__, obj.__supertype__)
         if kind is types.ModuleType and obj.__name__ in self.by_value:
@@ -97,6 +101,8 @@ class CodePickler(cloudpickle.Pickler):
         return super().reducer_override(obj)
 
     def _reduce_function(self, function: types.FunctionType) -> Any:
+        if is_single_dispatch(function) and is_by_value(function, self.by_value):
+            return _make_single_dispatch, (dict(function.registry),)  # type: ignore[attr-defined]
         names = function.__globals__
         # the module's own facts without its path, which says nothing in another place unless the code reads it
         facts = {key: names[key] for key in ("__name__", "__package__", "__path__") if key in names}
@@ -148,6 +154,25 @@ def _fill_function(made: Function[Any, Any], state: tuple[Any, FunctionSpec]) ->
 
 def _make_cached(function: Any, parameters: dict[str, Any]) -> Any:
     return functools.lru_cache(**parameters)(function)
+
+
+def _make_jitted(function: Any, options: dict[str, Any]) -> Any:
+    import numba
+
+    return numba.jit(**options)(function)
+
+
+def _make_cached_property(function: Any, name: str) -> Any:
+    made = functools.cached_property(function)
+    made.attrname = name
+    return made
+
+
+def _make_single_dispatch(registry: dict[type, Any]) -> Any:
+    made = functools.singledispatch(registry[object])
+    for kind, function in registry.items():
+        made.register(kind, function)
+    return made
 
 
 def _make_typed_dict(name: str, hints: dict[str, Any], total: bool, module: str) -> Any:

@@ -44,12 +44,11 @@ class Siblings:
     external: frozenset[str]  # dotted names outside the standard library, as imported
 
 
-def collect_siblings(names: Iterable[str], skip: frozenset[str]) -> Siblings:
-    """Everything that importing `names` needs. `skip` holds modules packed by value already (their top level is not
-    followed). Raises BundleError for a user's module that is compiled code."""
+def collect_siblings(names: Iterable[str]) -> Siblings:
+    """Everything that importing `names` needs. Raises BundleError for a user's module that is compiled code."""
     packed: dict[str, PackedModule] = {}
     external: set[str] = set()
-    waiting, seen = sorted(set(names)), set(skip)
+    waiting, seen = sorted(set(names)), set[str]()
     while waiting:
         name = waiting.pop()
         if name in seen:

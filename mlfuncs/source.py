@@ -26,6 +26,10 @@ _GLOBAL_OPS = frozenset({"LOAD_GLOBAL", "STORE_GLOBAL", "DELETE_GLOBAL", "LOAD_N
 _HINT_ERRORS = (NameError, TypeError, AttributeError, SyntaxError, ValueError, KeyError, IndexError)
 
 
+# a module's own facts, which differ between a script and its import; `__file__` counts when the code reads it
+_MODULE_FACTS = frozenset({"__name__", "__doc__", "__package__", "__loader__", "__spec__", "__path__", "__builtins__"})
+
+
 @dataclass(frozen=True)
 class CodeNames:
     """What a code object and the ones inside it name: globals, and imports as (module, names, level)."""
@@ -171,6 +175,28 @@ def is_installed_path(path: str) -> bool:
     """Whether a file belongs to the standard library or to an installed package."""
     parts = Path(path).parts
     return "site-packages" in parts or "dist-packages" in parts or path.startswith(installed_folders())
+
+
+def is_by_value(item: Any, by_value: frozenset[str]) -> bool:
+    """Whether a function or class is packed whole rather than imported by name in the worker."""
+    module, name = getattr(item, "__module__", None), getattr(item, "__qualname__", "")
+    if module is None or module in by_value or module not in sys.modules:
+        return module != "builtins"
+    found: Any = sys.modules[module]
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found is not item
+
+
+def is_single_dispatch(function: types.FunctionType) -> bool:
+    """Whether a function was made by `functools.singledispatch`: its table of types is what counts, not its cache."""
+    return function.__globals__ is vars(functools) and hasattr(function, "registry")
+
+
+def used_globals(function: types.FunctionType) -> dict[str, Any]:
+    """The global variables that a function and the code inside it name, as they are now."""
+    names = (name for name in code_names(function.__code__).globals if name not in _MODULE_FACTS)
+    return {name: function.__globals__[name] for name in names if name in function.__globals__}
 
 
 def snippet_of(target: Any) -> Snippet | None:

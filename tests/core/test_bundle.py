@@ -140,6 +140,73 @@ def test_helpers_classes_and_globals_of_a_script_go_along(tmp_path: Path) -> Non
     assert round_trip(code, check, tmp_path) == "fine\n"
 
 
+ODD = """
+    import abc, asyncio, collections, contextlib, enum, functools, typing
+    import numba, numpy as np
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import FunctionTransformer
+
+    @numba.njit
+    def fast(x): return fast(x - 1) + 2 if x > 0 else 1
+
+    @functools.singledispatch
+    def kind(x): return "other"
+    @kind.register
+    def _(x: int): return "int"
+
+    T = typing.TypeVar("T")
+    class Abstract(abc.ABC, typing.Generic[T]):
+        @abc.abstractmethod
+        def go(self) -> T: ...
+    class Concrete(Abstract[int]):
+        def go(self): return self.cached
+        @functools.cached_property
+        def cached(self): return 7
+    class Flags(enum.Flag):
+        A = enum.auto()
+        B = enum.auto()
+    class Text(str, enum.Enum):
+        A = "a"
+        @property
+        def upper_case(self): return self.value.upper()
+    @contextlib.contextmanager
+    def opened(): yield 3
+    Pair = collections.namedtuple("Pair", "a b")
+    def clean(x): return x
+    PIPE = make_pipeline(FunctionTransformer(clean))
+    RNG = np.random.default_rng(0)
+    COUNT = collections.defaultdict(list)
+    part = functools.partial(max, 2)
+
+    async def later(x): return x
+    def f(x: int = 2, text: Text = Text.A) -> str:
+        with opened() as three:
+            return " ".join(map(str, [
+                fast(x), kind(x), kind("s"), Concrete().go(), (Flags.A | Flags.B).value, text.upper_case, three,
+                Pair(1, 2).b, PIPE.fit_transform([[1]]), RNG.random() < 1, COUNT["n"], part(1), asyncio.run(later(5))]))
+"""
+
+
+def test_odd_things_go_along_too(tmp_path: Path) -> None:
+    check = "print(f()); assert 'numba' in str(opened.manifest.requirements)"
+    assert round_trip(ODD, check, tmp_path) == "5 int other 7 3 A 3 2 [[1]] True [] 2 5\n"
+    code = textwrap.dedent(ODD) + BUILD.format(name="f")
+    digests = {run(code, tmp_path / f"again{seed}", tmp_path / "home", seed=seed) for seed in (3, 4)}
+    assert len(digests) == 1
+
+
+def test_a_module_that_imports_the_functions_own_file_finds_it(tmp_path: Path) -> None:
+    build = tmp_path / "build"
+    build.mkdir()
+    (build / "shop_loop.py").write_text(
+        "import shop_use\nLIMIT = 3\ndef f(x: int) -> int:\n    return shop_use.use(x) + LIMIT"
+    )
+    (build / "shop_use.py").write_text("def use(x):\n    import shop_loop\n    return x + shop_loop.LIMIT")
+    code = "from shop_loop import f" + BUILD.format(name="f")
+    digest = run(code, build, tmp_path / "home").strip()
+    assert run(LOAD.format(digest=digest, code="print(f(1))"), tmp_path / "load", tmp_path / "home") == "7\n"
+
+
 def test_a_class_is_constructed_where_it_is_loaded(tmp_path: Path) -> None:
     code = """
         import mlfuncs as ml

@@ -361,7 +361,7 @@ def test_sibling_modules_are_followed_through_packages_and_cycles(tmp_path: Path
     (package / "late.py").write_text("import sklearn.base")
     (package / "unused.py").write_text("import torch")
     monkeypatch.syspath_prepend(str(tmp_path))
-    found = collect_siblings(["shop_s.prices"], frozenset())
+    found = collect_siblings(["shop_s.prices"])
     assert [module.name for module in found.packed] == [
         "shop_s",
         "shop_s.deep",
@@ -373,9 +373,9 @@ def test_sibling_modules_are_followed_through_packages_and_cycles(tmp_path: Path
     assert "shop_s" not in sys.modules
     before = {module.name: module.digest for module in found.packed}
     (package / "late.py").write_text("# a comment\nimport   sklearn.base\n")
-    assert {m.name: m.digest for m in collect_siblings(["shop_s.prices"], frozenset()).packed} == before
+    assert {m.name: m.digest for m in collect_siblings(["shop_s.prices"]).packed} == before
     (package / "late.py").write_text("import sklearn.base\nX = 1")
-    assert {m.name: m.digest for m in collect_siblings(["shop_s.prices"], frozenset()).packed} != before
+    assert {m.name: m.digest for m in collect_siblings(["shop_s.prices"]).packed} != before
 
 
 def test_hints_that_name_nothing_stay_text() -> None:
