@@ -124,7 +124,7 @@ def see_through(
             error = final["error"]
             started.log.write(f"attempt {attempt} failed ({error['type']}: {error['message']}); trying again\n")
             cancelled.wait(_FIRST_RETRY_S * 2 ** (attempt - 1) * random.uniform(0.75, 1.25))
-        started.record.finish(final)
+        started.end(final)
     finally:
         started.log.close()
         recorder().release(started.record)

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class Recorder:
-    """Keeps the records given to `watch` until `release`, and does the work given to `submit`, one after another."""
+    """Keeps the records given to `watch` until they are finished, and does the work given to `submit`, in order."""
 
     def __init__(self) -> None:
         self._records: dict[str, Record] = {}
@@ -38,16 +38,17 @@ class Recorder:
         self._thread: threading.Thread | None = None
 
     def watch(self, record: Record) -> None:
-        """Drain the record's journal and say that its run is alive, until it is released."""
+        """Drain the record's journal and say that its run is alive, until its end is in the registry."""
         with self._changed:
             self._records[record.run_id] = record
             self._start()
             self._changed.notify_all()
 
     def release(self, record: Record) -> None:
-        """Leave the record alone from now on."""
-        with self._changed:
-            self._records.pop(record.run_id, None)
+        """Leave the record alone once its end is in the registry; until then, go on trying."""
+        if record.is_finished:
+            with self._changed:
+                self._records.pop(record.run_id, None)
 
     def submit(self, name: str, work: Callable[[], None]) -> None:
         """Do `work` soon; `settle(name)` waits for it."""
@@ -102,7 +103,8 @@ class Recorder:
         for record in records:
             try:
                 record.drain()
-                if due:
+                self.release(record)
+                if due and not record.is_finished:
                     record.heartbeat()
             except MlfuncsError as exc:
                 log.debug("the record of run %s waits: %s", record.run_id, exc)

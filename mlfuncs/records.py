@@ -57,13 +57,16 @@ class Record:
         self.journal = journal
         self._registry = registry
         self._offset = 0
-        self._finished = False
+        self._final: dict[str, Any] | None = None
         self._lock = threading.Lock()
+        self.is_finished = False  # whether the registry has the run's end
 
     def drain(self) -> None:
-        """Write what was logged since the last time."""
+        """Write what was logged since the last time, and the run's end when it could not be written before."""
         with self._lock:
-            if not self._finished:
+            if self._final is not None:
+                self._end(self._final)
+            elif not self.is_finished:
                 for batch, offset in self._batches():
                     self._write(batch)
                     self._offset = offset
@@ -75,17 +78,24 @@ class Record:
     def finish(self, final: dict[str, Any]) -> None:
         """End the run with `final` (columns, and `outputs` documents by name), all at once, and drop the journal.
 
-        The journal is told first, so a database that is away now is told later by whoever reads the run.
+        The journal is told first, so a database that is away now is told later: by `drain`, or, when this process has
+        ended, by whoever reads the run.
         """
         self.journal.append(FINISH, final)
         with self._lock:
-            last = Batch()
-            for batch, offset in self._batches():
-                if not last.is_empty():
-                    self._write(last)
-                last, self._offset = batch, offset
-            keep_final(self._registry, self.run_id, last, final)
-            self._finished = True
+            self._final = final
+            self._end(final)
+
+    def _end(self, final: dict[str, Any]) -> None:
+        last = Batch()
+        after: int | None = None
+        for batch, offset in self._batches():
+            if after is not None:
+                self._write(last)
+                self._offset = after
+            last, after = batch, offset
+        keep_final(self._registry, self.run_id, last, final)
+        self._final, self.is_finished = None, True
         self.journal.close()
         self.journal.path.unlink(missing_ok=True)
 

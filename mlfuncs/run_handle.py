@@ -12,12 +12,16 @@ from mlfuncs.recorder import recorder
 from mlfuncs.registry import MetricPoint, Registry, RunContents, RunRow
 from mlfuncs.registry.runs import ACTIVE
 from mlfuncs.settings import Settings
-from mlfuncs.values import as_handle
+from mlfuncs.values import as_handle, open_store
 
 if TYPE_CHECKING:
     from mlfuncs.isolation import Supervision
 
 _POLL_S = 0.2
+_COLUMNS = (
+    "id", "project", "function", "kind", "status", "isolation", "attempt", "parent_id", "pipeline", "step",
+    "started_at", "finished_at", "cpu_s", "peak_memory_mib", "error",
+)  # fmt: skip
 
 
 class Run:
@@ -86,12 +90,17 @@ class Run:
 
     @property
     def logs(self) -> str:
-        """What the run printed so far; empty when it printed nothing, or was on another machine."""
+        """What the run printed so far; empty when it printed nothing.
+
+        The log of a run on another machine is readable once it has ended, when the artifact store is a shared one.
+        """
+        details = self._fresh().details
         try:
-            with open(self._row.details.get("log", ""), encoding="utf-8", errors="replace") as file:
+            with open(details.get("log", ""), encoding="utf-8", errors="replace") as file:
                 return file.read()
         except OSError:
-            return ""
+            kept = details.get("log_digest")
+            return open_store(self._settings).read_bytes(kept).decode(errors="replace") if kept else ""
 
     @property
     def duration_s(self) -> float | None:
@@ -168,6 +177,26 @@ class Run:
             )
         self._supervision.cancel()
         return self.wait()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The run as JSON-ready values, for `--json` and the HTTP API; artifacts by digest and kind."""
+        row, contents = self._fresh(), self._read()
+        return {
+            **{
+                key: getattr(row, key)
+                for key in ("id", "project", "function", "kind", "status", "isolation", "attempt")
+            },
+            **{key: getattr(row, key) for key in ("parent_id", "pipeline", "step", "started_at", "finished_at")},
+            "duration_s": self.duration_s,
+            "cpu_s": row.cpu_s,
+            "peak_memory_mib": row.peak_memory_mib,
+            "error": row.error,
+            "versions": self.versions,
+            "params": contents.params,
+            "metrics": contents.metrics,
+            "outputs": contents.artifacts.get("output", {}),
+            "artifacts": contents.artifacts.get("logged", {}),
+        }
 
     def __repr__(self) -> str:
         return f"<run {self.id} of {self.function!r}: {self._fresh().status}>"

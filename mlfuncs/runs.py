@@ -134,7 +134,7 @@ def _run_inline(function: Function[Any, Any], arguments: Arguments, place: Place
             outcome = execute(
                 function.target, arguments.values, function.signature.returns, function.spec, started.active
             )
-        started.record.finish(outcome.final)
+        started.end(outcome.final)
     finally:
         started.log.close()
         keeper.release(started.record)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets as randomness
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from mlfuncs.errors import MlfuncsError
 from mlfuncs.journal import Journal
 from mlfuncs.liveness import this_process
 from mlfuncs.records import Record, journal_path, log_path
@@ -16,7 +18,7 @@ from mlfuncs.run_output import RunLog
 from mlfuncs.secrets import available_secrets
 from mlfuncs.settings import Settings
 from mlfuncs.tracking import ActiveRun, enclosing_run
-from mlfuncs.values import Artifact, as_handle, describe
+from mlfuncs.values import Artifact, as_handle, describe, open_store
 
 if TYPE_CHECKING:
     from mlfuncs.decorator import Function
@@ -60,6 +62,16 @@ class Started:
     record: Record
     active: ActiveRun
     log: RunLog
+
+    def end(self, final: Mapping[str, Any]) -> None:
+        """Close the log and write the run's end. With a shared artifact store the log is kept there too."""
+        self.log.close()
+        settings = self.active.settings
+        if settings.artifacts_url and self.log.path.exists():
+            with contextlib.suppress(MlfuncsError):  # the store is away: the log stays on this machine
+                ref = open_store(settings).put_bytes(self.log.path.read_bytes(), "log")
+                final = {**final, "details": {**self.row.details, "log_digest": ref.digest}}
+        self.record.finish(dict(final))
 
 
 def check_arguments(

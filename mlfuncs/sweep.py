@@ -151,8 +151,7 @@ def _run_sweep(plan: _Plan, points: list[dict[str, Any]], show: bool) -> SweepRe
         error = exc
         raise
     finally:
-        parent.record.finish(_ending(plan, state, error, points))
-        parent.log.close()
+        parent.end(_ending(plan, state, error, points))
         recorder().release(parent.record)
     return _result(plan, parent, state, points)
 

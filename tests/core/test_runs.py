@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import enum
 import io
+import json
 import logging
 import os
 import signal
@@ -22,7 +23,7 @@ import pytest
 
 import mlfuncs as ml
 from mlfuncs.comparison import prefers_lower
-from mlfuncs.errors import Conflict, DeadlineExceeded, InvalidInput, NotFound, RunFailed, SpecError
+from mlfuncs.errors import Conflict, DeadlineExceeded, InvalidInput, NotFound, RegistryUnavailable, RunFailed, SpecError
 from mlfuncs.liveness import LEASE_S, is_alive, machine, this_process
 from mlfuncs.registry import RunRow, open_registry
 from mlfuncs.values import Artifact
@@ -445,6 +446,31 @@ class TestLiveness:
         (run,) = ml.list_runs()
         assert (run.status, run.output, run.metrics) == ("succeeded", 5, {"m": 1.0})
 
+    def test_an_end_that_could_not_be_written_is_written_when_the_registry_is_back(self, settings, monkeypatch):
+        monkeypatch.setattr("mlfuncs.registry.database.BUSY_TIMEOUT_S", 0.1)
+        monkeypatch.setattr("mlfuncs.registry.database.PATIENCE_S", 0.3)
+        locks = []
+
+        def function() -> int:
+            lock = sqlite3.connect(settings.home / "registry.db", isolation_level=None)
+            lock.execute("BEGIN IMMEDIATE")
+            locks.append(lock)
+            ml.log_metric("m", 1.0)
+            return 5
+
+        with pytest.raises(RegistryUnavailable, match="busy"):
+            ml.run(function)
+        locks[0].rollback()
+        locks[0].close()
+        wait_until(lambda: ml.list_runs()[0].status == "succeeded")
+        assert ml.list_runs()[0].metrics == {"m": 1.0}
+
+    def test_a_log_is_readable_from_elsewhere_when_the_store_is_shared(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("MLFUNCS_ARTIFACTS_URL", str(tmp_path / "store"))
+        run = train.run(rows=2)
+        Path(run.row.details["log"]).unlink()
+        assert ml.get_run(run.id).logs == "training on 2\n"
+
 
 class TestLookingBack:
     def test_unknown_ids_and_metrics_are_said(self):
@@ -454,6 +480,12 @@ class TestLookingBack:
             ml.get_run("zz")
         with pytest.raises(NotFound, match="did you mean 'auc'"):
             run.metric_history("acu")
+
+    def test_a_run_is_json_for_scripts(self):
+        shown = json.loads(json.dumps(train.run(rows=2).to_dict()))
+        assert (shown["status"], shown["params"], shown["metrics"]) == ("succeeded", {"rows": 2}, {"auc": 0.9})
+        assert shown["outputs"]["score"] == {"value": 0.5}
+        assert shown["outputs"]["model"]["artifact"]["kind"] == "parquet"
 
     def test_lists_filter_and_show_as_a_table(self):
         double.run(1)

@@ -182,7 +182,7 @@ class TestSweep:
         from sklearn.ensemble import HistGradientBoostingClassifier
 
         data, target = make_classification(200, random_state=0)
-        HistGradientBoostingClassifier(max_iter=3).fit(data, target)
+        HistGradientBoostingClassifier(max_iter=3).fit(data, target)  # an OpenMP kernel
 
         @ml.function
         def fit(depth: int) -> float:
