@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import click
@@ -20,6 +21,16 @@ def emit(values: Any, json_wanted: bool, text: str | Callable[[], str]) -> None:
         click.echo(json.dumps(values, default=str))
     else:
         click.echo(text() if callable(text) else text)
+
+
+@contextlib.contextmanager
+def only_json(wanted: bool) -> Iterator[None]:
+    """While it lasts, what the user's code prints goes to standard error, so that the output is JSON alone."""
+    if not wanted:
+        yield
+        return
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], empty: str) -> str:

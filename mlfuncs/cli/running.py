@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlfuncs.cli.output import as_json, emit, parse_assignments
+from mlfuncs.cli.output import as_json, emit, only_json, parse_assignments
 from mlfuncs.errors import SpecError
 
 if TYPE_CHECKING:
@@ -23,10 +23,9 @@ def run(target: str, params: tuple[str, ...], isolated: bool, json_wanted: bool)
     from mlfuncs.loading import load_target
     from mlfuncs.runs import run_function
 
-    function = load_target(target)
-    result = run_function(
-        function, (), parse_assignments(params, "--param"), isolation="process" if isolated else "inline"
-    )
+    given = parse_assignments(params, "--param")
+    with only_json(json_wanted):
+        result = run_function(load_target(target), (), given, isolation="process" if isolated else "inline")
     values = _run_values(result)
     lines = [f"run {result.id} {values['status']} in {values['duration_s'] or 0:.2f} s"]
     lines += [f"  {name} = {value}" for name, value in values["metrics"].items()]
@@ -55,7 +54,8 @@ def deploy(target: str, json_wanted: bool, **options: Any) -> None:
     from mlfuncs.deployment import with_scale
     from mlfuncs.loading import load_target
 
-    function = load_target(target)
+    with only_json(json_wanted):
+        function = load_target(target)
     spec = with_scale(function.spec, min=options["min_replicas"], max=options["max_replicas"])
     given: dict[str, Any] = {
         key: options[key] for key in ("traffic", "timeout_s", "wait_s") if options[key] is not None
