@@ -22,6 +22,7 @@ _CORE = {
     "Markdown": "mlfuncs.results",
     "Metrics": "mlfuncs.results",
     "MlfuncsError": "mlfuncs.errors",
+    "Pod": "mlfuncs.spec",
     "Resources": "mlfuncs.spec",
     "Run": "mlfuncs.runs",
     "Scale": "mlfuncs.spec",
@@ -49,6 +50,7 @@ if TYPE_CHECKING:  # for editors and type checkers; `as` marks a name as exporte
     from mlfuncs.settings import Settings as Settings
     from mlfuncs.settings import read_settings as read_settings
     from mlfuncs.spec import Batch as Batch
+    from mlfuncs.spec import Pod as Pod
     from mlfuncs.spec import Resources as Resources
     from mlfuncs.spec import Scale as Scale
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, overload
 
 from mlfuncs import adapters
-from mlfuncs.spec import Batch, FunctionSpec, Resources, Scale, slugify
+from mlfuncs.spec import Batch, FunctionSpec, Pod, Resources, Scale, slugify
 
 if TYPE_CHECKING:
     from mlfuncs.bundle import Bundle
@@ -152,6 +152,7 @@ def function(
     secrets: Sequence[str] = (),
     features: Sequence[str] = (),
     labels: Mapping[str, str] | None = None,
+    pod: Pod | None = None,
 ) -> Callable[[Callable[P, R]], Function[P, R]]: ...
 def function(target: Any = None, /, **options: Any) -> Any:
     """Make a function or class deployable, runnable and chainable; see the README for the whole of it.

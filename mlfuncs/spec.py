@@ -123,6 +123,29 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Pod:
+    """Where and how a cluster places the replicas; the laptop ignores it. The values are Kubernetes' own.
+
+    `volumes` maps a mount path to a volume source, e.g. {"/models": {"persistentVolumeClaim": {"claimName": "m"}}}.
+    """
+
+    node_selector: Mapping[str, str] = field(default_factory=dict)
+    tolerations: tuple[Mapping[str, Any], ...] = ()
+    volumes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    image_pull_secrets: tuple[str, ...] = ()
+    priority_class: str = ""
+    runtime_class: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tolerations", tuple(self.tolerations))
+        object.__setattr__(self, "image_pull_secrets", tuple(self.image_pull_secrets))
+        for path, source in self.volumes.items():
+            _require(path.startswith("/"), f"pod.volumes: mount path {path!r} must be absolute, like '/models'")
+            one_kind = isinstance(source, Mapping) and len(source) == 1
+            _require(one_kind, f"pod.volumes[{path!r}] must be one volume source, like {{'emptyDir': {{}}}}")
+
+
+@dataclass(frozen=True)
 class FunctionSpec:
     """Everything declared about a function besides its code."""
 
@@ -137,6 +160,7 @@ class FunctionSpec:
     secrets: tuple[str, ...] = ()
     features: tuple[str, ...] = ()  # online features the handler receives; the caller sends entity keys
     labels: Mapping[str, str] = field(default_factory=dict)
+    pod: Pod = field(default_factory=Pod)
 
     def __post_init__(self) -> None:
         check_name("function", self.name)
@@ -174,6 +198,11 @@ class FunctionSpec:
             "secrets": list(self.secrets),
             "features": list(self.features),
             "labels": dict(self.labels),
+            "pod": dataclasses.asdict(self.pod)
+            | {
+                "tolerations": [dict(toleration) for toleration in self.pod.tolerations],
+                "image_pull_secrets": list(self.pod.image_pull_secrets),
+            },
         }
 
     @classmethod
@@ -194,6 +223,7 @@ class FunctionSpec:
                 "features": tuple(values.get("features") or ()),
                 "env": dict(values.get("env") or {}),
                 "labels": dict(values.get("labels") or {}),
+                "pod": Pod(**values.get("pod") or {}),
             }
         )
 
