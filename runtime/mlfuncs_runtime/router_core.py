@@ -1,0 +1,305 @@
+"""The router's heart: which endpoint a request is for, who may call it, its deadline, and the endpoints' state."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import logging
+import os
+import random
+import time
+from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from mlfuncs.errors import MlfuncsError, NotFound, TooLarge, Unauthorized, Unavailable
+from mlfuncs_runtime.router_access import cors_headers, is_token_valid, preflight_headers
+from mlfuncs_runtime.router_endpoint import Endpoint, ReplicaState, RevisionState
+from mlfuncs_runtime.router_http import problem_of
+from mlfuncs_runtime.router_request import Request
+
+if TYPE_CHECKING:
+    from mlfuncs_runtime.router_client import Client
+    from mlfuncs_runtime.routes import Route
+
+_PLACES = 4096  # request targets whose place is remembered
+_SWEEP_S = 0.01  # deadlines are looked at no more often than this
+_MASK = 2**64 - 1
+
+
+@dataclass(frozen=True)
+class RouterOptions:
+    """What a router process is told at its start. Times are seconds."""
+
+    token_sha256: tuple[str, ...] = ()  # digests of the project's tokens; none: open
+    short_body: int = 65_536  # a body up to this is read whole before a worker is taken up with it
+    head_timeout_s: float = 10.0  # for a request's head to arrive: haproxy's timeout http-request
+    idle_timeout_s: float = 75.0  # between requests of one connection: nginx's keepalive_timeout
+    stall_timeout_s: float = 60.0  # without a byte of a body, or of room for an answer
+    drain_timeout_s: float = 60.0  # after SIGTERM
+    access_log: str = ""  # "", "text" or "json"
+    log: logging.Logger = field(default_factory=lambda: logging.getLogger("mlfuncs.router"))
+
+
+class Place(NamedTuple):
+    """Where a request target leads: `endpoint` None is the platform itself."""
+
+    endpoint: Endpoint | None
+    revision: str  # of a tag; empty: by the traffic's shares
+    path: bytes
+
+
+class Core:
+    """The state that all connections of a router share."""
+
+    def __init__(self, options: RouterOptions, wake: Callable[[str, str], None] = lambda endpoint, revision: None):
+        self.options, self.wake = options, wake
+        self.log = options.log
+        self.short_body = options.short_body
+        self.random = random.random
+        self.endpoints: dict[str, Endpoint] = {}
+        self.clients: set[Client] = set()
+        self.busy: set[Request] = set()  # admitted and not over
+        self.active: dict[Request, None] = {}  # admitted, and without an answer yet: a deadline holds
+        self.draining: bool = False
+        self.generation = 0
+        self.refused: dict[int, int] = {}
+        self.retired: dict[tuple[str, str], Any] = {}
+        self._places: dict[bytes, Place] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._next_sweep_s = float("inf")
+        self._timer: asyncio.TimerHandle | None = None
+        self._prefix = os.urandom(6).hex().encode()
+        self._trace = os.urandom(8).hex().encode()
+        self._count = itertools.count(int.from_bytes(os.urandom(4)))
+
+    # --- the table
+
+    def configure(self, routes: Iterable[Route]) -> None:
+        """Take a whole table; what it does not name is gone."""
+        wanted = {route.endpoint: route for route in routes}
+        self._places.clear()
+        self.generation += 1
+        for name in [name for name in self.endpoints if name not in wanted]:
+            self.endpoints.pop(name).close()
+        for name, route in wanted.items():
+            if name in self.endpoints:
+                self.endpoints[name].update(route)
+            else:
+                self.endpoints[name] = Endpoint(self, route)
+
+    def retire(self, endpoint: Endpoint, revision: RevisionState) -> None:
+        """Keep a gone revision's counters, so that they never fall."""
+        self.retired[endpoint.name, revision.name] = revision.counts
+
+    def replicas_of(self, replica: str) -> list[ReplicaState]:
+        """The states with requests in flight at a replica, removed from the table or not."""
+        current = [e.replicas[replica] for e in self.endpoints.values() if replica in e.replicas]
+        leaving = {r.replica for r in self.busy if r.replica is not None and r.replica.replica.id == replica}
+        return [*current, *(state for state in leaving if state not in current)]
+
+    def place_of(self, target: bytes) -> Place:
+        """Where a target leads. Raises NotFound."""
+        place = self._places.get(target)
+        if place is None:
+            place = self._find_place(target)
+            if len(self._places) >= _PLACES:
+                self._places.clear()
+            self._places[target] = place
+        return place
+
+    def _find_place(self, target: bytes) -> Place:
+        path, mark, query = target.partition(b"?")
+        name, _, rest = path[1:].partition(b"/")
+        if name in (b"-", b"v2"):
+            model, _, _ = rest.removeprefix(b"models/").partition(b"/")
+            if name == b"-" or not rest.startswith(b"models/") or not model:
+                return Place(None, "", path)
+            return self._endpoint(model.decode("latin-1"), target)
+        return self._endpoint(name.decode("latin-1"), b"/" + rest + mark + query)
+
+    def _endpoint(self, name: str, path: bytes) -> Place:
+        endpoint = self.endpoints.get(name)
+        if endpoint is not None:
+            return Place(endpoint, "", path)
+        base, mark, tag = name.rpartition("--")
+        tagged = self.endpoints.get(base) if mark else None
+        if tagged is not None and tag in tagged.route.tags:
+            return Place(tagged, tagged.route.tags[tag], path)
+        if tagged is not None:
+            raise NotFound("tag of endpoint " + base, tag, tagged.route.tags)
+        raise NotFound("endpoint", name[:100], self.endpoints)
+
+    # --- a request's way in
+
+    def identify(self, request: Request) -> None:
+        """Give the request its id, its trace and its time of arrival."""
+        number = next(self._count)
+        request.arrived_s = time.monotonic()
+        if not request.request_id:
+            request.request_id = b"%s-%08x" % (self._prefix, number)
+        if not request.traceparent:
+            span = number * 0x9E3779B97F4A7C15 & _MASK  # Fibonacci hashing spreads the counter over 64 bits
+            request.traceparent = b"00-%s%016x-%016x-01" % (self._trace, span, span or 1)
+
+    def route(self, request: Request, client: Client) -> None:
+        """Check a request and hand it to its endpoint or to the platform. Raises MlfuncsError when it is refused."""
+        try:
+            place = self.place_of(request.target)
+        except NotFound:
+            self._check_token(request, client, self.options.token_sha256)
+            raise
+        endpoint = place.endpoint
+        if endpoint is None:
+            if place.path != b"/-/healthz":
+                self._check_token(request, client, self.options.token_sha256)
+            client.platform(request, place.path)
+            return
+        route = endpoint.route
+        access = route.access
+        if request.origin and access.cors_origins:
+            if request.method == b"OPTIONS" and self._answer_preflight(request, client, endpoint):
+                return
+            request.extra = cors_headers(access, request.origin)
+        tokens = self.options.token_sha256
+        if access.token_sha256:
+            tokens = (*tokens, *access.token_sha256)
+        if tokens:
+            self._check_token(request, client, tokens)
+        endpoint.rate_limit(request.arrived_s)
+        limits = route.limits
+        if request.length > limits.body_bytes:
+            raise too_large(limits.body_bytes)
+        request.path = place.path
+        request.deadline_s = request.arrived_s + min(limits.timeout_s, request.timeout_s)
+        endpoint.admit(request, place.revision or self._choose_revision(request, endpoint))
+
+    def _check_token(self, request: Request, client: Client, tokens: tuple[str, ...]) -> None:
+        if not tokens:
+            return
+        known = (request.authorization, tokens)
+        if client.known_token != known:
+            if not is_token_valid(request.authorization, tokens):
+                what = "a wrong token came with" if request.authorization else "no token came with"
+                raise Unauthorized(f"{what} the request: send 'Authorization: Bearer <token>'")
+            client.known_token = known
+        request.authorization = b""  # the router's, not the handler's
+
+    def _answer_preflight(self, request: Request, client: Client, endpoint: Endpoint) -> bool:
+        wanted = {name.lower(): value for name, value in request.headers if name.lower().startswith(b"access-control")}
+        method = wanted.get(b"access-control-request-method")
+        if method is None:
+            return False
+        asked = wanted.get(b"access-control-request-headers", b"")
+        client.reply(request, 204, b"", preflight_headers(endpoint.route.access, request.origin, method, asked))
+        return True
+
+    def _choose_revision(self, request: Request, endpoint: Endpoint) -> str:
+        split, route = endpoint.split, endpoint.route
+        if split.only is not None:
+            return split.only
+        try:
+            if route.sticky_header:
+                name = route.sticky_header.lower().encode()
+                for key, value in request.headers:
+                    if key.lower() == name:
+                        return split.of(value)
+            if route.sticky_cookie:
+                return split.of(self._sticky_value(request, route.sticky_cookie, endpoint.name))
+            return split.next()
+        except LookupError:
+            raise Unavailable(f"endpoint {endpoint.name!r} has no revision with traffic") from None
+
+    def _sticky_value(self, request: Request, cookie: str, endpoint: str) -> bytes:
+        wanted = cookie.encode()
+        for pair in request.cookie.split(b";"):
+            name, _, value = pair.strip().partition(b"=")
+            if name == wanted and value:
+                return value
+        value = os.urandom(8).hex().encode()
+        given = (wanted, value, endpoint.encode())
+        request.extra += b"Set-Cookie: %s=%s; Path=/%s; HttpOnly; SameSite=Lax\r\n" % given
+        return value
+
+    # --- a request's life
+
+    def began_waiting(self, request: Request) -> None:
+        """Watch the request's deadline."""
+        self.busy.add(request)
+        self.active[request] = None
+        if request.deadline_s < self._next_sweep_s:
+            self._schedule(request.deadline_s)
+
+    def began(self, request: Request) -> None:
+        """The answer has begun: no deadline holds any more."""
+        self.active.pop(request, None)
+
+    def ended(self, request: Request, now_s: float) -> None:
+        """The request is over."""
+        self.busy.discard(request)
+        self.active.pop(request, None)
+        if self.options.access_log and not request.is_copy:
+            self._log_access(request, now_s - request.arrived_s)
+
+    def fail(self, request: Request, error: MlfuncsError) -> None:
+        """Answer an admitted request with a problem document."""
+        request.status = error.status
+        request.endpoint.settle(request)
+        status, body, extra = problem_of(error, request.request_id)
+        request.caller.reply(request, status, body, extra)
+
+    def _schedule(self, at_s: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._next_sweep_s = at_s
+        delay_s = max(_SWEEP_S, at_s - time.monotonic())
+        self._timer = asyncio.get_running_loop().call_later(delay_s, self._sweep)
+
+    def _sweep(self) -> None:
+        self._timer, self._next_sweep_s = None, float("inf")
+        now_s = time.monotonic()
+        for request in [request for request in self.active if request.deadline_s <= now_s]:
+            if not request.done:
+                request.endpoint.expire(request)
+        if self.active:
+            self._schedule(min(request.deadline_s for request in self.active))
+
+    def close(self) -> None:
+        """Drop every connection to a worker, and every task."""
+        for task in self._tasks:
+            task.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
+        for endpoint in self.endpoints.values():
+            endpoint.close()
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run `work` beside everything else."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def call_later(self, delay_s: float, callback: Callable[[], None]) -> None:
+        """Call back after a while."""
+        asyncio.get_running_loop().call_later(delay_s, callback)
+
+    def _log_access(self, request: Request, seconds: float) -> None:
+        values = {
+            "method": request.method.decode("latin-1"),
+            "target": request.target.decode("latin-1"),
+            "status": request.status,
+            "duration_ms": round(seconds * 1000, 3),
+            "endpoint": request.endpoint.name,
+            "revision": request.revision.name,
+            "request_id": request.request_id.decode("latin-1"),
+        }
+        if self.options.access_log == "json":
+            self.log.info("%s", json.dumps(values))
+        else:
+            self.log.info("%(method)s %(target)s %(status)s %(duration_ms)s ms %(revision)s %(request_id)s", values)
+
+
+def too_large(limit: int) -> TooLarge:
+    """The error for a body over `limit` bytes."""
+    return TooLarge(f"the request body is over the bound of {limit} bytes; send less at once")
