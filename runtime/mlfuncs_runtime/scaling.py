@@ -6,6 +6,7 @@ All times come in as arguments; the supervisor calls `tick` twice a second and `
 from __future__ import annotations
 
 import dataclasses
+from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,8 @@ from mlfuncs_runtime.autoscaler import (
 from mlfuncs_runtime.plan import EndpointPlan, bounds, initial_replicas
 from mlfuncs_runtime.reconcile import Key, Observed, Phase
 from mlfuncs_runtime.windows import LoadWindows
+
+RATE_S = 5.0  # the span that rates and durations are told over
 
 
 @dataclass
@@ -42,7 +45,7 @@ class Scaler:
     def __init__(self) -> None:
         self.scaled: dict[Key, int] = {}
         self._memories: dict[Key, _Memory] = {}
-        self._loads: dict[str, dict[str, Any]] = {}
+        self._loads: dict[str, _Load] = {}
 
     def tick(self, plans: Iterable[EndpointPlan], observed: Observed, stats: Mapping[str, Any], now_s: float) -> bool:
         """Take the router's measures in and decide anew; True when some number changed."""
@@ -50,13 +53,13 @@ class Scaler:
         known: set[Key] = set()
         for plan in plans:
             measured = (stats.get("endpoints") or {}).get(plan.name) or {}
-            self._loads[plan.name] = _load(measured)
             for revision in plan.reachable:
                 key = (plan.name, revision)
                 known.add(key)
                 self._decide(plan, revision, observed, (measured.get("revisions") or {}).get(revision) or {}, now_s)
             memories = [self._memories.get((plan.name, revision)) for revision in plan.traffic]
-            self._loads[plan.name]["panicking"] = any(memory.panicking for memory in memories if memory)
+            panicking = any(memory.panicking for memory in memories if memory)
+            self._loads.setdefault(plan.name, _Load()).take(measured, panicking, now_s)
         for key in [key for key in self._memories if key not in known]:
             del self._memories[key]
             self.scaled.pop(key, None)
@@ -93,7 +96,7 @@ class Scaler:
 
     def load_of(self, endpoint: str) -> dict[str, Any]:
         """What the router measured last: queued, in_flight, rps, p50_ms, p99_ms; and whether there is panic."""
-        return dict(self._loads.get(endpoint) or {})
+        return self._loads[endpoint].to_dict() if endpoint in self._loads else {}
 
     def to_dict(self) -> dict[str, int]:
         """The numbers for the next supervisor; `restore` reads them."""
@@ -110,7 +113,7 @@ class Scaler:
     ) -> None:
         key = (plan.name, revision)
         memory = self._memory(plan, revision, observed, now_s)
-        for second, value in _measures(memory.config, measured, now_s):
+        for second, value in _measures(memory.config, measured):
             memory.windows.record(second, value)
         starting = sum(r.key == key and r.phase is Phase.STARTING for r in observed.replicas)
         observation = Observation(*memory.windows.averages(now_s), observed.ready(key), starting)
@@ -135,11 +138,41 @@ class Scaler:
         return memory
 
 
-def _measures(config: AutoscalerConfig, measured: Mapping[str, Any], now_s: float) -> list[tuple[float, float]]:
-    """(second, value) of what the router measured since the last tick; zero when it measured nothing."""
-    name = "requests" if config.metric == "rps" else "concurrency"
-    return [(float(bucket["second"]), float(bucket[name])) for bucket in measured.get("buckets") or ()]
+class _Load:
+    """What one endpoint has to do now, for people: rates over the last seconds, the last durations known."""
+
+    def __init__(self) -> None:
+        self._arrivals: deque[tuple[float, int]] = deque()
+        self._durations: tuple[float, dict[str, float]] = (0.0, {})
+        self._now: dict[str, Any] = {}
+
+    def take(self, measured: Mapping[str, Any], panicking: bool, now_s: float) -> None:
+        """Take in what the router measured since the last tick."""
+        revisions = list((measured.get("revisions") or {}).values())
+        for revision in revisions:
+            self._arrivals.extend((second, requests) for second, _, requests in revision["buckets"])
+        while self._arrivals and self._arrivals[0][0] < now_s - RATE_S - 1:
+            self._arrivals.popleft()
+        slowest = {
+            f"{name}_ms": max(revision[f"{name}_s"] for revision in revisions if revision[f"{name}_s"]) * 1000
+            for name in ("p50", "p99")
+            if any(revision[f"{name}_s"] for revision in revisions)
+        }
+        if slowest or now_s - self._durations[0] > RATE_S:
+            self._durations = (now_s, slowest)
+        self._now = {
+            "queued": measured.get("queued", 0),
+            "in_flight": sum((measured.get("in_flight") or {}).values()),
+            "rps": sum(requests for _, requests in self._arrivals) / RATE_S,
+            "panicking": panicking,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """The load as `mlfuncs.targets.EndpointStatus.load`."""
+        return {**self._now, **self._durations[1]}
 
 
-def _load(measured: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: measured[key] for key in ("queued", "in_flight", "rps", "p50_ms", "p99_ms") if key in measured}
+def _measures(config: AutoscalerConfig, measured: Mapping[str, Any]) -> list[tuple[float, float]]:
+    """(second, value) of each whole second since the last tick, as the router measured it."""
+    buckets = measured.get("buckets") or ()
+    return [(second, requests if config.metric == "rps" else concurrency) for second, concurrency, requests in buckets]
