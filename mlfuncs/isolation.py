@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlfuncs.errors import MlfuncsError
-from mlfuncs.journal import ATTEMPT, read_entries
+from mlfuncs.journal import ATTEMPT, failed, read_entries
 from mlfuncs.provenance import folder_of, git_state
 from mlfuncs.recorder import recorder
-from mlfuncs.records import Batch, failed
+from mlfuncs.records import Batch
 from mlfuncs.settings import Settings
 from mlfuncs.spec import FunctionSpec
 from mlfuncs.starting import Arguments, Place, Started, begin

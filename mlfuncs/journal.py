@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,3 +85,9 @@ def read_entries(path: Path, offset: int = 0) -> Iterator[tuple[list[Entry], int
                 yield entries, offset
             if not lines[-1].endswith(b"\n"):
                 return
+
+
+def failed(error_type: str, message: str, traceback: str = "") -> dict[str, Any]:
+    """The end of a run that failed without having said so itself."""
+    error = {"type": error_type, "message": message, "traceback": traceback}
+    return {"status": "failed", "error": error, "finished_at": time.time()}

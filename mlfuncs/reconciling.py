@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from mlfuncs.errors import NotFound
-from mlfuncs.journal import read_entries
+from mlfuncs.journal import failed, read_entries
 from mlfuncs.liveness import is_alive
-from mlfuncs.records import Batch, failed, journal_path, keep_final
+from mlfuncs.records import Batch, journal_path, keep_final
 from mlfuncs.registry import Registry, RunRow
 from mlfuncs.settings import Settings
 

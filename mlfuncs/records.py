@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,12 +121,6 @@ def keep_final(
         registry.runs.log(run_id, params=batch.params)
     if registry.runs.finish(run_id, columns, batch.metrics, artifacts, only_active=only_active):
         _index(registry, artifacts)
-
-
-def failed(error_type: str, message: str, traceback: str = "") -> dict[str, Any]:
-    """The end of a run that failed without having said so itself."""
-    error = {"type": error_type, "message": message, "traceback": traceback}
-    return {"status": "failed", "error": error, "finished_at": time.time()}
 
 
 def journal_path(settings: Settings, run_id: str) -> Path:

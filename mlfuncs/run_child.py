@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mlfuncs.errors import MlfuncsError
-from mlfuncs.journal import FINISH, Journal
+from mlfuncs.journal import FINISH, Journal, failed
 from mlfuncs.settings import Settings, read_settings
 from mlfuncs.worker_process import END_OF_OUTPUT
 
@@ -85,7 +85,6 @@ class _Inbox:
 
 def _execute(task: dict[str, Any], settings: Settings) -> None:
     from mlfuncs.execution import execute
-    from mlfuncs.records import failed
     from mlfuncs.secrets import available_secrets
     from mlfuncs.signature import Signature
     from mlfuncs.tracking import ActiveRun

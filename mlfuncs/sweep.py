@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from mlfuncs.errors import InvalidInput, RunFailed, SpecError
 from mlfuncs.isolation import Packed, begin_isolated, child_environ, pack_function, see_through
+from mlfuncs.journal import failed
 from mlfuncs.objective import Objective
 from mlfuncs.progress import Progress, progress
 from mlfuncs.recorder import recorder
-from mlfuncs.records import failed
 from mlfuncs.run_handle import Run
 from mlfuncs.search import LogUniform, grid_points, random_points
 from mlfuncs.settings import Settings, read_settings

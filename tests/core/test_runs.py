@@ -305,6 +305,12 @@ class TestIsolated:
         assert run.cpu_s > 0 and 5 < run.peak_memory_mib < 2000
         assert run.versions["bundle"] == where.version
 
+    def test_the_child_loads_no_database_and_no_table_library(self):
+        def loaded() -> list[str]:
+            return [name for name in ("sqlalchemy", "pandas", "numpy", "alembic") if name in sys.modules]
+
+        assert ml.run(loaded, isolation="process").output == []
+
     def test_tables_go_in_and_come_out(self):
         frame = pd.DataFrame({"w": [1, 2, 3]})
         run = ml.run(total, {"frame": frame}, isolation="process")
