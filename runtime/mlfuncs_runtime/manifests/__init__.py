@@ -1,0 +1,1 @@
+"""What is deployed to a cluster, as plain dicts: pure functions from a workload to manifests."""

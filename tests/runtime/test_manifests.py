@@ -1,0 +1,145 @@
+"""Manifests: golden files, the real schemas of Kubernetes' core types, and what each platform cannot say.
+
+`UPDATE_GOLDEN=1` writes the golden files anew; read the difference before committing it.
+"""
+
+import os
+from pathlib import Path
+
+import kubernetes_validate
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlfuncs.spec import FunctionSpec, Pod, Resources, Scale
+from mlfuncs_runtime.manifests.knative import knative_warnings, render_knative, scale_annotations, to_percentages
+from mlfuncs_runtime.manifests.kubernetes import KubernetesOptions, kubernetes_warnings, render_kubernetes
+from mlfuncs_runtime.manifests.workload import Workload, container
+
+GOLDEN = Path(__file__).parent / "golden" / "manifests"
+EVERYTHING = FunctionSpec(
+    name="churn",
+    resources=Resources(cpu=1.5, memory="1Gi", gpu=1),
+    scale=Scale(min=1, max=4, concurrency=8, target=6, scale_down_delay_s=30),
+    timeout_s=90,
+    env={"THRESHOLD": "0.5"},
+    secrets=("DB_PASSWORD",),
+    labels={"team": "growth"},
+    pod=Pod(
+        node_selector={"pool": "gpu"},
+        tolerations=({"key": "nvidia.com/gpu", "operator": "Exists"},),
+        volumes={"/models": {"persistentVolumeClaim": {"claimName": "models"}}},
+        image_pull_secrets=("registry",),
+    ),
+)
+WORKLOADS = {
+    "plain": Workload("churn", "shop", "rev-1", "registry.example/churn:1", FunctionSpec(name="churn")),
+    "everything": Workload(
+        "churn",
+        "shop",
+        "rev-3",
+        "registry.example/churn:3",
+        EVERYTHING,
+        "ml",
+        {"rev-2": 90, "rev-3": 10},
+        {"new": "rev-3"},
+    ),
+}
+RENDERERS = {
+    "knative": render_knative,
+    "kubernetes": render_kubernetes,
+    "keda": lambda workload: render_kubernetes(workload, KubernetesOptions(keda=True, gateway="public")),
+}
+
+
+@pytest.mark.parametrize("renderer", RENDERERS)
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_manifests_are_as_the_golden_files_say(name, renderer):
+    rendered = yaml.safe_dump_all(RENDERERS[renderer](WORKLOADS[name]), sort_keys=False)
+    path = GOLDEN / f"{renderer}-{name}.yaml"
+    if os.environ.get("UPDATE_GOLDEN"):
+        path.write_text(rendered)
+    assert rendered == path.read_text()
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_core_types_are_valid_for_kubernetes(name):
+    for manifest in render_kubernetes(WORKLOADS[name]):
+        kubernetes_validate.validate(manifest, kubernetes_validate.latest_version(), strict=True)
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_pods_meet_the_restricted_standard(name):
+    deployment = next(m for m in render_kubernetes(WORKLOADS[name]) if m["kind"] == "Deployment")
+    pod = deployment["spec"]["template"]["spec"]
+    context = pod["containers"][0]["securityContext"]
+    assert context["runAsNonRoot"] and context["runAsUser"] > 0 and context["readOnlyRootFilesystem"]
+    assert context["allowPrivilegeEscalation"] is False and context["capabilities"] == {"drop": ["ALL"]}
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert pod["automountServiceAccountToken"] is False
+
+
+def test_the_drain_fits_into_the_grace_period():
+    deployment = next(m for m in render_kubernetes(WORKLOADS["plain"]) if m["kind"] == "Deployment")
+    pod = deployment["spec"]["template"]["spec"]
+    pause = pod["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert pod["terminationGracePeriodSeconds"] > pause + WORKLOADS["plain"].drain_s
+
+
+def test_secrets_are_referred_to_never_written():
+    text = yaml.safe_dump_all(render_kubernetes(WORKLOADS["everything"]))
+    assert "secretName: churn-secrets" in text and "kind: Secret" not in text
+
+
+def test_every_selector_finds_its_own_pods_only():
+    for manifest in render_kubernetes(WORKLOADS["everything"]):
+        if manifest["kind"] == "Deployment":
+            wanted = manifest["spec"]["selector"]["matchLabels"]
+            assert wanted.items() <= manifest["spec"]["template"]["metadata"]["labels"].items()
+            assert wanted["mlfuncs.dev/revision"] == "rev-3"
+
+
+def test_the_main_service_selects_the_revision_with_the_largest_share():
+    services = {m["metadata"]["name"]: m for m in render_kubernetes(WORKLOADS["everything"]) if m["kind"] == "Service"}
+    assert services["churn"]["spec"]["selector"]["mlfuncs.dev/revision"] == "rev-2"
+    assert services["churn-rev-3"]["spec"]["selector"]["mlfuncs.dev/revision"] == "rev-3"
+
+
+def test_knative_says_what_is_for_the_whole_cluster_only():
+    spec = FunctionSpec(name="f", scale=Scale(initial=0, buffer=2, grace_s=5, window_s=2), timeout_s=900)
+    warnings = "\n".join(knative_warnings(Workload("f", "p", "rev-1", "i", spec)))
+    for word in (
+        "config-autoscaler",
+        "allow-zero-initial-scale",
+        "scale.buffer=2",
+        "scale.window_s=2",
+        "timeout_s=900",
+    ):
+        assert word in warnings
+    assert knative_warnings(WORKLOADS["plain"]) == []
+
+
+def test_knative_gets_a_window_that_it_takes():
+    assert scale_annotations(Scale(window_s=2))["autoscaling.knative.dev/window"] == "6s"
+
+
+def test_kubernetes_says_that_zero_needs_keda():
+    assert any("KEDA" in warning for warning in kubernetes_warnings(WORKLOADS["plain"]))
+    assert not any(
+        "KEDA" in warning for warning in kubernetes_warnings(WORKLOADS["plain"], KubernetesOptions(keda=True))
+    )
+
+
+@given(st.dictionaries(st.from_regex(r"rev-[1-9]", fullmatch=True), st.integers(1, 10_000), min_size=1))
+def test_percentages_sum_to_100_and_stay_within_one_of_the_share(shares):
+    percentages = to_percentages(shares)
+    total = sum(shares.values())
+    assert sum(percentages.values()) == 100
+    assert all(abs(percentages[name] - 100 * share / total) < 1 for name, share in shares.items())
+
+
+def test_gpus_are_asked_and_limited_alike():
+    asked = container(WORKLOADS["everything"])["resources"]
+    assert asked["requests"]["nvidia.com/gpu"] == asked["limits"]["nvidia.com/gpu"] == "1"
+    assert asked["requests"]["cpu"] == "1500m" and "cpu" not in asked["limits"]
