@@ -137,6 +137,9 @@ class WorkerApp:
             detail = f"{exchange.method} is not allowed on {exchange.path!r}; use {allow}"
             await exchange.refuse(405, "MethodNotAllowed", detail, [(b"allow", allow.encode())])
             return
+        if self._nuclio is None and (exchange.path == "/v2" or exchange.path.startswith("/v2/")):
+            await self._open_inference(exchange)
+            return
         if self._nuclio is not None and not exchange.path.startswith("/-/"):
             await self._post(exchange)
             return
@@ -194,6 +197,12 @@ class WorkerApp:
 
     async def _get_openapi(self, exchange: Exchange) -> None:
         await exchange.answer(200, self._openapi, JSON)
+
+    @cached_property
+    def _open_inference(self) -> Route:
+        from mlfuncs_runtime.open_inference import OpenInference
+
+        return OpenInference(self.invocation, self.unready_reason)
 
     @cached_property
     def _document(self) -> dict[str, Any]:

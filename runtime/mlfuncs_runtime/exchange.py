@@ -12,6 +12,7 @@ from typing import Any
 
 from mlfuncs.errors import InvalidInput, MlfuncsError, Overloaded, TooLarge, Unavailable
 from mlfuncs.request_context import RequestContext
+from mlfuncs_runtime.shortcut import arrived_body, cycle_of, write_answer
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -45,13 +46,14 @@ class Exchange(RequestContext):
     It is the request's context as well: one object less on the fast path.
     """
 
-    __slots__ = ("close", "headers", "receive", "scope", "send", "status")
+    __slots__ = ("_cycle", "close", "headers", "receive", "scope", "send", "status")
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, timeout_s: float) -> None:
         self.scope, self.receive, self.send = scope, receive, send
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
         self.status = 0
         self.close = False  # the connection ends with this answer
+        self._cycle = cycle_of(send)
         find = self.headers.get
         given, allowed, trace = find(b"x-request-id"), find(b"x-mlfuncs-timeout-ms"), find(b"traceparent")
         self.request_id = given.decode("latin-1")[:_ID_MAX] if given else new_request_id()
@@ -74,6 +76,8 @@ class Exchange(RequestContext):
 
     async def body(self, limit: int) -> bytes:
         """The whole request body. Raises TooLarge past `limit` bytes, and InvalidInput when the client goes away."""
+        if self._cycle is not None and (body := arrived_body(self._cycle)) is not None and len(body) <= limit:
+            return body
         return await self.rest_of_body(await self.receive(), limit)
 
     async def rest_of_body(self, message: MutableMapping[str, Any], limit: int) -> bytes:
@@ -101,15 +105,20 @@ class Exchange(RequestContext):
     async def answer(self, status: int, body: bytes, content_type: bytes = JSON, headers: Headers = ()) -> None:
         """Send a whole answer."""
         self.status = status
-        head = [
+        if self._cycle is not None and not headers and not self.close:
+            request_id = self.request_id.encode("latin-1", "replace")
+            head = b"content-type: %b\r\ncontent-length: %d\r\nx-request-id: %b\r\n"
+            if write_answer(self._cycle, status, head % (content_type, len(body), request_id), body):
+                return
+        fields = [
             (b"content-type", content_type),
             (b"content-length", b"%d" % len(body)),
             (b"x-request-id", self.request_id.encode("latin-1", "replace")),
             *headers,
         ]
         if self.close:
-            head.append((b"connection", b"close"))
-        await self.send({"type": "http.response.start", "status": status, "headers": head})
+            fields.append((b"connection", b"close"))
+        await self.send({"type": "http.response.start", "status": status, "headers": fields})
         await self.send({"type": "http.response.body", "body": b"" if self.scope["method"] == "HEAD" else body})
 
     async def start(self, status: int, content_type: bytes, headers: Headers = ()) -> None:

@@ -10,9 +10,11 @@ from typing import Any
 
 import orjson
 
-from mlfuncs.errors import MlfuncsError
+from mlfuncs.errors import InvalidInput, MlfuncsError
 from mlfuncs.request_context import CURRENT_REQUEST
 from mlfuncs.spec import Batch
+from mlfuncs_runtime.arrow_io import ARROW, read_values
+from mlfuncs_runtime.arrow_io import dump as dump_arrow
 from mlfuncs_runtime.batched import BatchedCalls
 from mlfuncs_runtime.batching import row_plan
 from mlfuncs_runtime.calls import AsyncCalls, ThreadCalls
@@ -85,18 +87,21 @@ class Invocation:
         """Answer a typed request. Written flat: each awaited helper would cost a microsecond on every request."""
         headers = exchange.headers
         if headers.get(b"content-type", JSON) != JSON and not _is_json(exchange.content_type()):
-            await _refuse_media(exchange)
-            return
-        message = await exchange.receive()
-        body = message.get("body", b"")
-        if message.get("more_body") or len(body) > self._body_bytes or message["type"] != "http.request":
-            body = await exchange.rest_of_body(message, self._body_bytes)
-        values = self._validate(body)
+            if exchange.content_type() != ARROW:
+                await _refuse_media(exchange)
+                return
+            body = await exchange.body(self._body_bytes)
+            values = read_values(self.handler.signature, body, exchange.scope.get("query_string", b""))
+        else:
+            values = self._validate(await exchange.body(self._body_bytes))
         CURRENT_REQUEST.set(exchange)
         if self._streams:
             await self._stream(values, exchange)
             return
         result = await self.call(values, exchange)
+        if ARROW in headers.get(b"accept", b""):
+            await exchange.answer(200, self._dump_arrow(result), ARROW)
+            return
         await exchange.answer(200, _quick_json(result) if type(result) is self._quick else self.dump(result))
 
     def dump(self, result: Any) -> bytes:
@@ -105,6 +110,12 @@ class Invocation:
             return self._dump(result)
         except MlfuncsError as exc:
             raise bad_result(self.handler.name, exc) from exc
+
+    def _dump_arrow(self, result: Any) -> bytes:
+        try:
+            return dump_arrow(result)
+        except (TypeError, ValueError) as exc:
+            raise bad_result(self.handler.name, InvalidInput(str(exc))) from exc
 
     async def _stream(self, values: dict[str, Any], exchange: Exchange) -> None:
         made = self.handler.call(**values)  # a generator: none of the user's code has run yet
@@ -142,4 +153,4 @@ async def _refuse_media(exchange: Exchange) -> None:
     exchange.close = True  # the body is not read
     given = exchange.content_type().decode("latin-1")
     detail = f"content type {given!r} is not understood here; send a JSON object with Content-Type: application/json"
-    await exchange.refuse(415, "UnsupportedMediaType", detail, [(b"accept", JSON)])
+    await exchange.refuse(415, "UnsupportedMediaType", detail, [(b"accept", JSON + b", " + ARROW)])

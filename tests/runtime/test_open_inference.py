@@ -1,0 +1,233 @@
+"""Open Inference Protocol v2: Triton's own client against a real server, and the documents by hand."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import socket
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pytest
+import uvicorn
+
+from mlfuncs.errors import InvalidInput
+from mlfuncs_runtime.asgi import make_app
+from mlfuncs_runtime.invocation import AppOptions
+from mlfuncs_runtime.open_inference import TensorHint, tensor_hint, to_outputs
+from mlfuncs_runtime.tensors import parse_request
+
+
+@contextlib.contextmanager
+def served(target: Any) -> Iterator[str]:
+    """The address of a server of `target` as model "demo", version "rev-1"."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    app = make_app(target, AppOptions(name="demo", version="rev-1"))
+    server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_config=None, http="httptools"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    while not server.started:
+        time.sleep(0.005)
+    yield f"127.0.0.1:{listener.getsockname()[1]}"
+    server.should_exit = True
+    thread.join(10)
+
+
+def post(address: str, document: Any, path: str = "/v2/models/demo/infer", **headers: str) -> tuple[int, Any]:
+    connection = http.client.HTTPConnection(address, timeout=10)
+    body = document if isinstance(document, bytes) else json.dumps(document).encode()
+    connection.request("POST", path, body, headers)
+    answer = connection.getresponse()
+    content = answer.read()
+    connection.close()
+    return answer.status, json.loads(content)
+
+
+def get(address: str, path: str) -> tuple[int, Any]:
+    connection = http.client.HTTPConnection(address, timeout=10)
+    connection.request("GET", path)
+    answer = connection.getresponse()
+    content = answer.read()
+    connection.close()
+    return answer.status, json.loads(content)
+
+
+def scale(x: npt.NDArray[np.float32], factor: float = 2.0) -> npt.NDArray[np.float32]:
+    return (x * factor).astype(np.float32)
+
+
+class Scores(NamedTuple):
+    label: list[str]
+    score: npt.NDArray[np.float64]
+
+
+def classify(rows: list[list[float]], names: list[str]) -> Scores:
+    return Scores([names[int(sum(row) > 0)] for row in rows], np.array([sum(row) for row in rows]))
+
+
+def summed(frame: pd.DataFrame) -> pd.DataFrame:
+    return pd.DataFrame({"total": frame["a"] + frame["b"], "name": frame["name"].str.upper()})
+
+
+def test_tritons_client_reads_metadata_and_health() -> None:
+    triton = pytest.importorskip("tritonclient.http", reason="tritonclient[http] is not installed")
+    with served(scale) as address:
+        client = triton.InferenceServerClient(address)
+        assert client.is_server_live() and client.is_server_ready() and client.is_model_ready("demo")
+        assert client.get_server_metadata()["extensions"] == ["binary_tensor_data"]
+        metadata = client.get_model_metadata("demo", "rev-1")
+        client.close()
+    assert metadata["inputs"] == [
+        {"name": "x", "datatype": "FP32", "shape": [-1]},
+        {"name": "factor", "datatype": "FP64", "shape": [1]},
+    ]
+    assert metadata["outputs"] == [{"name": "output", "datatype": "FP32", "shape": [-1]}]
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_tritons_client_infers_on_arrays(binary: bool) -> None:
+    triton = pytest.importorskip("tritonclient.http", reason="tritonclient[http] is not installed")
+    rows = np.arange(6, dtype=np.float32).reshape(2, 3)
+    with served(scale) as address:
+        client = triton.InferenceServerClient(address)
+        x = triton.InferInput("x", [2, 3], "FP32")
+        x.set_data_from_numpy(rows, binary_data=binary)
+        factor = triton.InferInput("factor", [1], "FP64")
+        factor.set_data_from_numpy(np.array([10.0]), binary_data=binary)
+        wanted = [triton.InferRequestedOutput("output", binary_data=binary)]
+        result = client.infer("demo", [x, factor], outputs=wanted, request_id="r1", model_version="rev-1")
+        unnamed = client.infer("demo", [x])
+        zipped = client.infer("demo", [x], request_compression_algorithm="gzip")
+        client.close()
+    output = result.as_numpy("output")
+    assert output.dtype == np.float32 and (output == rows * 10).all()
+    assert result.get_response()["id"] == "r1" and result.get_response()["model_version"] == "rev-1"
+    assert (unnamed.as_numpy("output") == rows * 2).all() and (zipped.as_numpy("output") == rows * 2).all()
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_tritons_client_sends_text_and_gets_several_outputs(binary: bool) -> None:
+    triton = pytest.importorskip("tritonclient.http", reason="tritonclient[http] is not installed")
+    with served(classify) as address:
+        client = triton.InferenceServerClient(address)
+        rows = triton.InferInput("rows", [2, 2], "FP64")
+        rows.set_data_from_numpy(np.array([[1.0, 1.0], [-1.0, -1.0]]), binary_data=binary)
+        names = triton.InferInput("names", [2], "BYTES")
+        names.set_data_from_numpy(np.array(["no", "jä"], dtype=object), binary_data=binary)
+        wanted = [triton.InferRequestedOutput(name, binary_data=binary) for name in ("label", "score")]
+        result = client.infer("demo", [rows, names], outputs=wanted)
+        client.close()
+    labels = [value.decode() if isinstance(value, bytes) else value for value in result.as_numpy("label")]
+    assert labels == ["jä", "no"]
+    assert result.as_numpy("score").tolist() == [2.0, -2.0]
+
+
+def test_tritons_client_sees_our_errors() -> None:
+    triton = pytest.importorskip("tritonclient.http", reason="tritonclient[http] is not installed")
+    with served(scale) as address:
+        client = triton.InferenceServerClient(address)
+        x = triton.InferInput("y", [1], "FP32")
+        x.set_data_from_numpy(np.ones(1, dtype=np.float32))
+        with pytest.raises(triton.InferenceServerException, match="no such input; the function takes x, factor"):
+            client.infer("demo", [x])
+        with pytest.raises(triton.InferenceServerException, match="no model is named 'other'"):
+            client.get_model_metadata("other")
+        client.close()
+
+
+def test_a_table_is_one_tensor_per_column() -> None:
+    document = {
+        "inputs": [
+            {"name": "a", "datatype": "INT64", "shape": [2], "data": [1, 2]},
+            {"name": "b", "datatype": "INT64", "shape": [2, 1], "data": [[10], [20]]},
+            {"name": "name", "datatype": "BYTES", "shape": [2], "data": ["x", "y"]},
+        ]
+    }
+    with served(summed) as address:
+        status, answer = post(address, document)
+    assert status == 200
+    assert answer == {
+        "model_name": "demo",
+        "model_version": "rev-1",
+        "outputs": [
+            {"name": "total", "datatype": "INT64", "shape": [2], "data": [11, 22]},
+            {"name": "name", "datatype": "BYTES", "shape": [2], "data": ["X", "Y"]},
+        ],
+    }
+
+
+def test_other_types_travel_as_json_text() -> None:
+    def describe(options: dict[str, int]) -> dict[str, Any]:
+        return {"keys": sorted(options), "deep": {"n": options["n"]}}
+
+    tensor = {"name": "options", "datatype": "BYTES", "shape": [1], "data": ['{"n": 3}']}
+    with served(describe) as address:
+        status, answer = post(address, {"inputs": [tensor]})
+    assert status == 200
+    assert [output["data"] for output in answer["outputs"]] == [["n"], ['{"n": 3}']]
+
+
+def test_refuses_what_does_not_fit() -> None:
+    def one(x: int) -> int:
+        return x
+
+    def tensor(**changes: Any) -> Any:
+        return {"inputs": [{"name": "x", "datatype": "INT64", "shape": [1], "data": [1], **changes}]}
+
+    with served(one) as address:
+        assert post(address, tensor())[1]["outputs"] == [
+            {"name": "output", "datatype": "INT64", "shape": [1], "data": [1]}
+        ]
+        for changes in ({"shape": [2]}, {"data": [1.5]}, {"data": [True]}, {"datatype": "INT128"}, {"shape": [-1]}):
+            status, answer = post(address, tensor(**changes))
+            assert status == 422 and "'x'" in answer["error"]
+        two = post(address, tensor(shape=[2], data=[1, 2]))
+        assert two[0] == 422 and "one value is needed" in two[1]["error"]
+        assert post(address, {"inputs": []})[0] == 422
+        assert post(address, {"inputs": tensor()["inputs"], "outputs": [{"name": "nope"}]})[0] == 404
+        assert post(address, b"not json")[0] == 422
+        assert post(address, tensor(), path="/v2/models/demo/versions/rev-9/infer")[0] == 404
+        assert get(address, "/v2/models/demo/infer")[0] == 405
+        assert get(address, "/v2/models/demo/ready") == (200, {"ready": True})
+
+
+def test_reads_binary_tensors_in_order_and_refuses_wrong_lengths() -> None:
+    text = struct.pack("<I", 2) + b"hi" + struct.pack("<I", 0)
+    head = json.dumps(
+        {
+            "inputs": [
+                {"name": "a", "datatype": "INT16", "shape": [2], "parameters": {"binary_data_size": 4}},
+                {"name": "b", "datatype": "BYTES", "shape": [2], "parameters": {"binary_data_size": len(text)}},
+            ]
+        }
+    ).encode()
+    request = parse_request(head + struct.pack("<hh", -1, 2) + text, len(head))
+    assert request.inputs["a"].tolist() == [-1, 2]
+    assert request.inputs["b"].tolist() == [b"hi", b""]
+    for body, length in ((head, len(head)), (head + b"\0" * 99, len(head)), (head, len(head) + 1)):
+        with pytest.raises(InvalidInput):
+            parse_request(body, length)
+
+
+def test_maps_hints_to_tensors() -> None:
+    assert tensor_hint(list[list[int]]) == TensorHint("list", "INT64", 2)
+    assert tensor_hint(npt.NDArray[np.uint8]).datatype == "UINT8"
+    assert tensor_hint(np.ndarray).datatype == "FP64"
+    assert tensor_hint(bool).shape == [1]
+    assert tensor_hint(dict[str, int]).kind == "json"
+
+
+def test_turns_results_into_tensors() -> None:
+    assert {name: value.tolist() for name, value in to_outputs({"a": [1, 2], "b": None}).items()} == {
+        "a": [1, 2],
+        "b": ["null"],
+    }
+    assert to_outputs([[1, 2], [3]])["output"].tolist() == ["[[1, 2], [3]]"]
+    assert to_outputs(1.5)["output"].shape == (1,)
