@@ -55,3 +55,8 @@ class LineObserver(Observer):
     def _print(self, line: str) -> None:
         self._stream.write(line + "\n")
         self._stream.flush()
+
+
+def observers_here() -> list[Observer]:
+    """What shows a run that Python code started: lines on standard output."""
+    return [LineObserver(sys.stdout)]

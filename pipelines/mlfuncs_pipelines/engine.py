@@ -75,7 +75,6 @@ class _Running:
     prepared: Prepared
     record: StepRecord
     worker: Worker
-    spare: bool
     key: Key | None
     lock: int | None
     began: float
@@ -220,26 +219,24 @@ class Engine:
         make_folder(prepared)
         request = write_request(prepared, self.options.containers, self.run.folder)
         preload = prepared.plan.preload or _command_preload()
-        worker, spare = self.pool.get(preload), False
-        if worker.error:
-            prepared.error_path.write_text(json.dumps({"traceback": worker.error}), encoding="utf-8")
-            prepared.log.write_text(worker.error, encoding="utf-8")
-            self._release(lock)
-            self._fail(record, f"the step's code cannot be loaded: {worker.error.strip().splitlines()[-1]}")
-            return
-        if not worker.forkable:
-            worker, spare = self.pool.spare(preload), True
-        if worker.socket.fileno() not in self._sockets:
-            self._sockets[worker.socket.fileno()] = worker
-            self._poll.register(worker.socket, select.POLLIN | select.POLLHUP)
+        worker = self._watch(self.pool.get(preload))
         began = time.monotonic()
-        running = _Running(prepared, record, worker, spare, key, lock, began)
+        running = _Running(prepared, record, worker, key, lock, began)
         if prepared.plan.timeout_s:
             running.deadline = began + prepared.plan.timeout_s
         self._running[record.id] = running
         self._log.append("started", id=record.id, attempt=record.attempt, folder=str(prepared.folder))
         worker.run(record.id, request)
+        self._move_on(worker)
         self._tell("step_changed", self.run, record)
+
+    def _watch(self, worker: Worker) -> Worker:
+        """Listen to what happens at a worker."""
+        descriptor = worker.socket.fileno()
+        if self._sockets.get(descriptor) is not worker:
+            self._sockets[descriptor] = worker
+            self._poll.register(descriptor, select.POLLIN | select.POLLHUP)
+        return worker
 
     def _wait(self) -> None:
         """Sleep until a step ends or something is due, then take it in."""
@@ -252,17 +249,23 @@ class Engine:
             worker = self._sockets[descriptor]
             for ended in worker.receive():
                 self._take(ended)
-            if worker.socket.fileno() < 0 or (not worker.running and _has_hung_up(worker)):
-                self._forget(descriptor)
+            self._move_on(worker)
+            if worker.is_idle and (worker.single or _has_hung_up(worker)):
+                self._poll.unregister(descriptor)
+                del self._sockets[descriptor]
         for running in list(self._running.values()):
             self._follow(running)
             if time.monotonic() > running.deadline and not running.timed_out:
                 running.timed_out = True
                 running.worker.kill(running.record.id, signal.SIGKILL)
 
-    def _forget(self, descriptor: int) -> None:
-        self._poll.unregister(descriptor)
-        del self._sockets[descriptor]
+    def _move_on(self, worker: Worker) -> None:
+        """Give the steps that a worker cannot take to another one."""
+        overflow, worker.overflow = worker.overflow, {}
+        for step_id, request in overflow.items():
+            running = self._running[step_id]
+            running.worker = self._watch(self.pool.get(running.prepared.plan.preload or _command_preload()))
+            running.worker.run(step_id, request)
 
     def _take(self, ended: Exit) -> None:
         """A process ended: read its outputs, store them, and tell the scheduler."""
@@ -271,9 +274,6 @@ class Engine:
         self._follow(running)
         record.duration_s = time.monotonic() - running.began
         record.max_rss_mib, record.cpu_s = round(ended.max_rss_kib / 1024, 1), round(ended.cpu_s, 4)
-        if running.spare:
-            self._forget(running.worker.socket.fileno())
-            running.worker.close()
         reason = self._failure(running, ended)
         outputs = Values()
         if not reason:
@@ -296,6 +296,10 @@ class Engine:
             return f"it took over {running.prepared.plan.timeout_s:g} s and was stopped; raise its timeout_s"
         if ended.code == 0 and not ended.signal:
             return ""
+        if ended.error:
+            running.record.traceback = ended.error
+            running.prepared.log.write_text(ended.error, encoding="utf-8")
+            return f"its code cannot be loaded: {ended.error.strip().splitlines()[-1]}"
         with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
             error = json.loads(running.prepared.error_path.read_text(encoding="utf-8"))
             running.record.traceback = error["traceback"]

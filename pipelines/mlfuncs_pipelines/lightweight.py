@@ -1,4 +1,4 @@
-"""kfp's lightweight Python components, recognised in an IR file by the command that kfp writes for them."""
+"""Steps that are Python functions, recognised in an IR file by the command: kfp's lightweight components, and ours."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 _EXECUTOR = re.compile(r"python3? -m (kfp\.(?:dsl|components)\.executor_main)")
 _PYTHON_IMAGE = re.compile(r"(?:^|/)python:(\d+\.\d+)")
+STEP_MODULE = "mlfuncs_pipelines.step"  # run as `python -m`
 _WITH_VALUE = {"--index-url", "--extra-index-url", "--trusted-host", "--find-links", "-i", "-f"}
 
 
@@ -51,6 +52,24 @@ def recognise(executor: Mapping[str, Any]) -> Lightweight | None:
         image=image,
         python=python[1] if python else "",
     )
+
+
+@dataclass(frozen=True)
+class OurStep:
+    """A decorated function: the digest of its bundle, and the bundle itself when it travels in the command."""
+
+    bundle: str
+    inline: str
+    json_inputs: tuple[str, ...]
+
+
+def recognise_step(container: Mapping[str, Any]) -> OurStep | None:
+    """The decorated function that a container runs, or None."""
+    words = [*container.get("command", []), *container.get("args", [])]
+    if STEP_MODULE not in words or "--bundle" not in words:
+        return None
+    names = _option(words, "--json")
+    return OurStep(_option(words, "--bundle"), _option(words, "--inline"), tuple(names.split(",")) if names else ())
 
 
 def _option(arguments: list[str], name: str) -> str:

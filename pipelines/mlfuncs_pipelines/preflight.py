@@ -3,25 +3,44 @@
 from __future__ import annotations
 
 import functools
+import importlib.machinery
+import importlib.metadata
+import importlib.util
+import json
+import pickletools
+import re
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mlfuncs.errors import MlfuncsError
+from mlfuncs.errors import MlfuncsError, NotFound
 from mlfuncs.settings import Settings
+from mlfuncs.spec import FunctionSpec
 from mlfuncs_pipelines.ir import Pipeline
 from mlfuncs_pipelines.ir_shape import Problem
-from mlfuncs_pipelines.lightweight import Lightweight, recognise
+from mlfuncs_pipelines.lightweight import Lightweight, OurStep, recognise, recognise_step
 from mlfuncs_pipelines.validate import InvalidPipeline
 from mlfuncs_pipelines.venvs import environment_digest, python_for
 from mlfuncs_pipelines.workers import Preload
 
-Kind = Literal["kfp", "container", "importer"]
+Kind = Literal["kfp", "step", "container", "importer"]
 _DOCKER_TIMEOUT_S = 10
+_MODULE_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+# what every step of ours needs, imported once for all
+_STEP_MODULES = (
+    "mlfuncs_pipelines.step",
+    "mlfuncs_pipelines.ports",
+    "mlfuncs_pipelines.artifact_files",
+    "mlfuncs.bundle",
+    "mlfuncs.packing",
+    "mlfuncs.execution",
+    "mlfuncs.validation",
+)
+_DEFAULT_TIMEOUT_S = FunctionSpec(name="x").timeout_s  # meant for requests; a step has no limit unless one is set
 
 
 @dataclass(frozen=True)
@@ -37,7 +56,7 @@ class Plan:
     environment_digest: str = ""
     env: Mapping[str, str] = field(default_factory=dict)
     timeout_s: float | None = None
-    warnings: tuple[str, ...] = ()
+    step: OurStep | None = None
 
 
 def prepare(pipeline: Pipeline, settings: Settings, containers: str) -> dict[str, Plan]:
@@ -83,8 +102,86 @@ def _plan(pipeline: Pipeline, label: str, settings: Settings, containers: str) -
             environment_digest=environment_digest(component),
             env=env,
         )
+    ours = recognise_step(container)
+    if ours is not None:
+        return _plan_step(label, container, ours, env, settings)
     command = [container.get("command", []), container.get("args", [])]
     return Plan(label, "container", container, code_digest=[command, container.get("image")], env=env)
+
+
+def _plan_step(
+    label: str, container: Mapping[str, Any], ours: OurStep, env: Mapping[str, str], settings: Settings
+) -> Plan:
+    """A plan for a decorated function: its bundle opened and verified, its interpreter ready."""
+    from mlfuncs.bundle import open_bundle
+    from mlfuncs.secrets import resolve_secrets
+    from mlfuncs_pipelines.step import unpack_inline
+
+    try:
+        bundle = open_bundle(ours.bundle, settings)
+    except NotFound:
+        if not ours.inline:
+            raise
+        unpack_inline(ours.bundle, ours.inline, settings)
+        bundle = open_bundle(ours.bundle, settings)
+    spec = bundle.manifest.function_spec
+    resolve_secrets(spec.secrets, settings)
+    environment = tuple(sorted(settings.to_environ().items()))
+    return Plan(
+        label,
+        "step",
+        container,
+        preload=Preload(
+            str(bundle.python()),
+            modules=(*_STEP_MODULES, *libraries(bundle.read("code.pkl"), bundle.manifest.lock)),
+            path=_own_path(),
+            step=json.dumps({"bundle": ours.bundle}),
+            env=environment,
+        ),
+        code_digest=ours.bundle,
+        environment_digest=bundle.manifest.environment_digest,
+        # where the pod finds its things is not where this machine has them
+        env={name: value for name, value in env.items() if not name.startswith("MLFUNCS_")},
+        timeout_s=None if spec.timeout_s == _DEFAULT_TIMEOUT_S else spec.timeout_s,
+        step=ours,
+    )
+
+
+def libraries(code: bytes, lock: Sequence[str]) -> tuple[str, ...]:
+    """The modules of locked distributions that pickled code refers to: worth importing once for all steps."""
+    wanted = {line.split("==")[0].lower().replace("_", "-") for line in lock}
+    if not wanted:
+        return ()
+    names = {argument for _, argument, _ in pickletools.genops(code) if isinstance(argument, str)}
+    owners = _distributions()
+    found = {
+        name
+        for name in names
+        if _MODULE_NAME.fullmatch(name) and wanted & {owner.lower() for owner in owners.get(name.split(".")[0], ())}
+    }
+    return tuple(sorted(name for name in found if _is_module(name)))
+
+
+@functools.cache
+def _distributions() -> Mapping[str, Sequence[str]]:
+    return importlib.metadata.packages_distributions()
+
+
+def _is_module(name: str) -> bool:
+    """Whether there is such a module, found without importing it."""
+    top, *parts = name.split(".")
+    spec = importlib.util.find_spec(top)
+    for part in parts:
+        folders = spec.submodule_search_locations if spec else None
+        spec = importlib.machinery.PathFinder.find_spec(part, list(folders)) if folders else None
+    return spec is not None
+
+
+def _own_path() -> tuple[str, ...]:
+    """Where this mlfuncs is imported from, for a child that may not have it installed."""
+    import mlfuncs
+
+    return (str(Path(mlfuncs.__file__).parents[1]), str(Path(__file__).parents[1]))
 
 
 def kfp_preload(python: Path) -> Preload:
@@ -102,7 +199,6 @@ def require_docker(image: str) -> None:
         )
 
 
-@functools.cache
 def _docker_fault() -> str:
     """Why Docker cannot be used; "" when it can."""
     program = shutil.which("docker")

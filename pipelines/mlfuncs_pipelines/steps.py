@@ -68,7 +68,9 @@ def make_folder(prepared: Prepared) -> None:
     prepared.folder.mkdir(parents=True)
 
 
-def write_request(prepared: Prepared, containers: str, run_folder: Path) -> Path:
+def write_request(
+    prepared: Prepared, containers: str, run_folder: Path, track: Mapping[str, str] | None = None
+) -> Path:
     """The file that tells the step's process what to do."""
     request: dict[str, Any] = {
         "log": str(prepared.log),
@@ -84,6 +86,14 @@ def write_request(prepared: Prepared, containers: str, run_folder: Path) -> Path
             "function": lightweight.function,
             "module_path": str(prepared.folder / "ephemeral_component.py"),
             "executor_input": prepared.executor_input,
+        }
+    elif prepared.plan.step is not None:
+        request |= {
+            "kind": "step",
+            "bundle": prepared.plan.step.bundle,
+            "json_inputs": prepared.plan.step.json_inputs,
+            "executor_input": prepared.executor_input,
+            "track": track,
         }
     else:
         request |= {"kind": "command", "argv": _argv(prepared, containers, run_folder)}

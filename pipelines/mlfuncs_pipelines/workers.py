@@ -5,21 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
 import signal
 import socket
 import subprocess
 import threading
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlfuncs.errors import DeadlineExceeded, Unavailable
+from mlfuncs.errors import Unavailable
 
 _ZYGOTE = Path(__file__).with_name("zygote.py")
-_READY_TIMEOUT_S = 300.0  # a preload imports the user's libraries, which may be slow on a cold disk
 
 
 @dataclass(frozen=True)
@@ -35,52 +32,74 @@ class Preload:
 
 @dataclass
 class Exit:
-    """How a step's process ended."""
+    """How a step's process ended; `error` is set when the step's code could not be loaded."""
 
     step_id: str
     code: int
-    signal: int
-    max_rss_kib: int
-    cpu_s: float
+    signal: int = 0
+    max_rss_kib: int = 0
+    cpu_s: float = 0.0
+    error: str = ""
 
 
 @dataclass
 class Worker:
-    """One zygote: `socket` is readable when a step of it ended."""
+    """One zygote: `socket` is readable when something happened to a step of it.
+
+    Steps given while it is still loading wait for it. A `single` one runs one step in itself; steps that it cannot
+    take are left in `overflow` for whoever asked.
+    """
 
     socket: socket.socket
     process: subprocess.Popen[bytes] | None = None  # None: forked from another zygote
-    forkable: bool = True
-    error: str = ""
+    single: bool = False
+    ready: bool = False
+    pending: dict[str, Path] = field(default_factory=dict)
     running: set[str] = field(default_factory=set)
+    overflow: dict[str, Path] = field(default_factory=dict)
+    modules: set[str] = field(default_factory=set)
 
     def run(self, step_id: str, request: Path) -> None:
         """Start the step whose request is in a file; its end comes as an Exit from `receive`."""
-        self.running.add(step_id)
-        self._send({"op": "run", "id": step_id, "request": str(request), "inline": not self.forkable})
+        if not self.ready:
+            self.pending[step_id] = request
+        elif self.single:
+            self.overflow[step_id] = request
+        else:
+            self._run(step_id, request)
 
     def kill(self, step_id: str, number: int = signal.SIGTERM) -> None:
         """Send a signal to the step's process group."""
+        if step_id in self.pending or self.single:
+            self.pending.clear()
+            if self.process is not None:
+                self.process.send_signal(number)
+            return
         with contextlib.suppress(Unavailable):
-            self._send({"op": "kill", "id": step_id, "signal": int(number)})
+            self.send({"op": "kill", "id": step_id, "signal": int(number)})
 
     def receive(self) -> list[Exit]:
-        """The steps that ended. A zygote that died ends all of its steps with signal 9."""
+        """What ended since the last time. A zygote that died ends all of its steps with signal 9."""
         try:
-            data = self.socket.recv(1 << 16)
+            data = self.socket.recv(1 << 20)
         except BlockingIOError:
             return []
         except OSError:
             data = b""
         if not data:
-            ended = [Exit(step_id, self._exit_code(), 0, 0, 0.0) for step_id in sorted(self.running)]
-            self.running.clear()
-            return ended
+            return self._lost()
         message = json.loads(data)
-        if message["event"] != "exited":
-            return []
-        self.running.discard(message["id"])
-        return [Exit(message["id"], message["code"], message["signal"], message["max_rss_kib"], message["cpu_s"])]
+        if message["event"] == "exited":
+            self.running.discard(message["id"])
+            return [Exit(message["id"], message["code"], message["signal"], message["max_rss_kib"], message["cpu_s"])]
+        return self._loaded(message)
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        """Tell the zygote something. Raises Unavailable when it is gone."""
+        try:
+            self.socket.send(json.dumps(message).encode())
+        except OSError as exc:
+            raise Unavailable(f"a pipeline worker process is gone: {exc}") from exc
 
     def close(self) -> None:
         """Let the zygote go; it ends its children and itself."""
@@ -89,22 +108,46 @@ class Worker:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(timeout=5)
 
-    def _exit_code(self) -> int:
-        if self.process is None:
-            return -9
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return self.process.wait(timeout=5)
-        return -9
+    @property
+    def is_idle(self) -> bool:
+        """Whether no step runs or waits here."""
+        return not (self.running or self.pending or self.overflow)
 
-    def _send(self, message: Mapping[str, Any]) -> None:
-        try:
-            self.socket.send(json.dumps(message).encode())
-        except OSError as exc:
-            raise Unavailable(f"a pipeline worker process is gone: {exc}") from exc
+    def _run(self, step_id: str, request: Path) -> None:
+        self.running.add(step_id)
+        self.send({"op": "run", "id": step_id, "request": str(request), "inline": self.single})
+
+    def _loaded(self, message: Mapping[str, Any]) -> list[Exit]:
+        """The zygote is ready, or says why it never will be: start what waited, or hand it back."""
+        waiting, self.pending = self.pending, {}
+        if message["event"] == "declined":
+            self.single = True
+            self.overflow.update(waiting)
+            return []
+        if message["error"]:
+            return [Exit(step_id, 1, error=message["error"]) for step_id in waiting]
+        self.ready = True
+        self.single = self.single or not message["forkable"]
+        for position, (step_id, request) in enumerate(waiting.items()):
+            if self.single and position:
+                self.overflow[step_id] = request
+            else:
+                self._run(step_id, request)
+        return []
+
+    def _lost(self) -> list[Exit]:
+        code = -9
+        if self.process is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = self.process.wait(timeout=5)
+        ended = [Exit(step_id, -1, abs(code) or 9) for step_id in sorted({*self.running, *self.pending})]
+        self.running.clear()
+        self.pending.clear()
+        return ended
 
 
 class WorkerPool:
-    """Zygotes by what they preload, kept between runs of one process, at most `limit` of them."""
+    """Zygotes by what they preload, kept between runs of one process, about `limit` of them."""
 
     def __init__(self, limit: int = 24) -> None:
         self._workers: dict[Preload, Worker] = {}
@@ -112,9 +155,15 @@ class WorkerPool:
         self._lock = threading.Lock()
 
     def get(self, preload: Preload) -> Worker:
-        """The zygote for `preload`, started (or forked from a plainer one) when there is none yet."""
+        """A zygote for `preload`, perhaps still loading: the one there is, or a new one.
+
+        Where forking is not safe the answer is a fresh process each time, good for one step.
+        """
         with self._lock:
             worker = self._workers.pop(preload, None)
+            if worker is not None and worker.single:
+                self._workers[preload] = worker  # remembered as what cannot be forked
+                return _spawn(preload, single=True)
             if worker is not None and not _is_alive(worker):
                 worker.close()
                 worker = None
@@ -124,12 +173,6 @@ class WorkerPool:
             self._workers[preload] = worker  # last in order: most recently used
             return worker
 
-    def spare(self, preload: Preload) -> Worker:
-        """A fresh process for exactly one step, for what cannot be forked safely."""
-        worker = _spawn(preload)
-        worker.forkable = False
-        return worker
-
     def close(self) -> None:
         """End all zygotes."""
         with self._lock:
@@ -138,26 +181,30 @@ class WorkerPool:
             self._workers.clear()
 
     def _start(self, preload: Preload) -> Worker:
+        """A new zygote; for a step of ours forked from one that has the libraries, which are then loaded once."""
         if not preload.step:
             return _spawn(preload)
-        base_preload = Preload(preload.python, modules=("mlfuncs_pipelines.step",), path=preload.path, env=preload.env)
-        base = self._workers.get(base_preload)
+        key = Preload(preload.python, path=preload.path, env=preload.env)
+        base = self._workers.get(key)
         if base is None or not _is_alive(base):
-            base = self._workers[base_preload] = _spawn(base_preload)
-        if not base.forkable:
-            return _spawn(preload)
+            base = self._workers[key] = _spawn(key)
+        missing = [name for name in preload.modules if name not in base.modules]
+        if missing:
+            base.modules.update(missing)
+            base.send({"op": "preload", "modules": missing})
+        base.receive()  # its answers are of no interest, but must not pile up
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             socket.send_fds(base.socket, [json.dumps({"op": "fork"}).encode()], [theirs.fileno()])
         return _prepare(Worker(ours), preload)
 
     def _evict(self) -> None:
-        idle = [key for key, worker in self._workers.items() if not worker.running]
+        idle = [key for key, worker in self._workers.items() if worker.is_idle and key.step]
         for key in idle[: max(0, len(self._workers) - self._limit)]:
             self._workers.pop(key).close()
 
 
-def _spawn(preload: Preload) -> Worker:
+def _spawn(preload: Preload, single: bool = False) -> Worker:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", **dict(preload.env)}
     with theirs:
@@ -168,32 +215,20 @@ def _spawn(preload: Preload) -> Worker:
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C reaches the engine alone, which then ends the steps in order
         )
-    return _prepare(Worker(ours, process), preload)
+    return _prepare(Worker(ours, process, single), preload)
 
 
 def _prepare(worker: Worker, preload: Preload) -> Worker:
+    """Tell a new zygote what to load; its answer comes later."""
     step = json.loads(preload.step) if preload.step else None
-    worker._send({"op": "preload", "modules": preload.modules, "path": preload.path, "step": step})
-    deadline = time.monotonic() + _READY_TIMEOUT_S
-    while True:
-        ready, _, _ = select.select([worker.socket], [], [], max(0.0, deadline - time.monotonic()))
-        if not ready:
-            worker.close()
-            raise DeadlineExceeded(f"a pipeline worker was not ready after {_READY_TIMEOUT_S:.0f} s")
-        data = worker.socket.recv(1 << 20)
-        if not data:
-            raise Unavailable("a pipeline worker ended while it was starting")
-        message = json.loads(data)
-        if message["event"] == "ready":
-            worker.forkable, worker.error = message["forkable"], message["error"]
-            worker.socket.setblocking(False)
-            return worker
+    worker.send({"op": "preload", "modules": preload.modules, "path": preload.path, "step": step})
+    worker.modules.update(preload.modules)
+    worker.socket.setblocking(False)
+    return worker
 
 
 def _is_alive(worker: Worker) -> bool:
-    """Whether the zygote still holds its end; called only while none of its steps is being waited for elsewhere."""
-    if worker.running:
-        return True
+    """Whether the zygote still holds its end; the answer may be late while steps of it are being waited for."""
     try:
         return bool(worker.socket.recv(1, socket.MSG_PEEK))
     except BlockingIOError:

@@ -9,6 +9,9 @@ kfp's lightweight components, where mlfuncs is not installed. FD is one end of a
                        {"op": "fork"} with a socket attached: a child becomes another zygote behind that socket
     zygote to engine   {"event": "ready", "forkable": true, "error": ""}
                        {"event": "exited", "id": .., "code": .., "signal": .., "max_rss_kib": .., "cpu_s": ..}
+                       {"event": "declined"} on the attached socket: this process cannot fork safely
+
+"inline" makes the zygote itself run the step and end with it: for code that cannot be forked safely.
 
 When the engine's end closes, the children are ended and the zygote exits: nothing outlives a killed engine.
 """
@@ -19,6 +22,7 @@ import contextlib
 import importlib
 import json
 import os
+import resource
 import select
 import signal
 import socket
@@ -28,6 +32,8 @@ import time
 import traceback
 import types
 
+mask = str  # what is done to text about an error; a step with secrets replaces it
+_FORK_SAFE_THREADS = {"jemalloc_bg_thd"}  # pyarrow's allocator, which has fork handlers of its own
 _GRACE_S = 2.0  # between asking children to end and killing them
 
 
@@ -35,9 +41,11 @@ class Zygote:
     """The loop around one socket. `children` maps a child's pid to the id of its step."""
 
     def __init__(self, connection):
+        connection.set_inheritable(False)
         self.connection = connection
         self.children = {}
         self.loaded = None
+        self.forkable = True
         self.wake_read, self.wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(self.wake_write, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -90,17 +98,26 @@ class Zygote:
                 self.loaded = importlib.import_module("mlfuncs_pipelines.step").load(message["step"])
         except BaseException as exc:  # noqa: BLE001 - the user's module may raise anything at import
             error = "".join(traceback.format_exception(type(exc), exc, exc.__traceback__))
-        self.send({"event": "ready", "forkable": not error and is_single_threaded(), "error": error})
+        self.forkable = is_single_threaded()
+        self.send({"event": "ready", "forkable": self.forkable, "error": error})
 
     def run(self, message):
         if message.get("inline"):
-            self.connection.set_inheritable(False)
-            run_child(message["request"], self.loaded)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            signal.set_wakeup_fd(-1)
+            run_child(message["request"], self.loaded, lambda code: self.farewell(message["id"], code))
         pid = os.fork()
         if pid == 0:
             self.detach()
             run_child(message["request"], self.loaded)
         self.children[pid] = message["id"]
+
+    def farewell(self, step_id, code):
+        """Report the end of a step that ran in this very process."""
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        cpu_s = usage.ru_utime + usage.ru_stime
+        body = {"id": step_id, "code": code, "signal": 0, "max_rss_kib": usage.ru_maxrss, "cpu_s": cpu_s}
+        self.send({"event": "exited", **body})
 
     def detach(self):
         """In a forked child: let go of what belongs to the zygote."""
@@ -118,6 +135,9 @@ class Zygote:
         for level, kind, payload in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 descriptors.frombytes(payload[: len(payload) - len(payload) % descriptors.itemsize])
+        if not self.forkable:
+            socket.socket(fileno=descriptors[0]).send(json.dumps({"event": "declined"}).encode())
+            return
         pid = os.fork()
         if pid == 0:
             self.detach()
@@ -187,13 +207,19 @@ def is_single_threaded():
         os._exit(0)
     os.waitpid(pid, 0)
     try:
-        return len(os.listdir("/proc/self/task")) == 1
+        others = [task for task in os.listdir("/proc/self/task") if int(task) != os.getpid()]
+        return all(_thread_name(task) in _FORK_SAFE_THREADS for task in others)
     except OSError:
         return threading.active_count() == 1
 
 
-def run_child(path, loaded):
-    """Run the request at `path` in this process, and exit with its code."""
+def _thread_name(task):
+    with open(f"/proc/self/task/{task}/comm") as file:
+        return file.read().strip()
+
+
+def run_child(path, loaded, farewell=lambda code: None):
+    """Run the request at `path` in this process, say so to `farewell`, and exit with its code."""
     code = 1
     try:
         with open(path, encoding="utf-8") as file:
@@ -206,7 +232,7 @@ def run_child(path, loaded):
             print(exc.code, file=sys.stderr)
     except BaseException as exc:  # noqa: BLE001 - a step may raise anything; it is reported and ends the child
         report(request if "request" in locals() else {}, exc)
-    finish(code or 0)
+    finish(code or 0, farewell)
 
 
 def prepare(request):
@@ -275,7 +301,7 @@ def report(request, exc):
     sys.stderr.write(text)
     if request.get("error_path"):
         with open(request["error_path"], "w", encoding="utf-8") as file:
-            json.dump({"type": type(exc).__name__, "message": str(exc), "traceback": text}, file)
+            json.dump({"type": type(exc).__name__, "message": mask(str(exc)), "traceback": mask(text)}, file)
 
 
 def _skip(trace, count):
@@ -284,7 +310,7 @@ def _skip(trace, count):
     return trace
 
 
-def finish(code):
+def finish(code, farewell):
     """Leave as an interpreter does (threads joined, atexit run), without tearing down the inherited one."""
     try:
         threading._shutdown()  # type: ignore[attr-defined]
@@ -292,6 +318,7 @@ def finish(code):
         sys.stdout.flush()
         sys.stderr.flush()
     finally:
+        farewell(code & 0xFF)
         os._exit(code & 0xFF)
 
 

@@ -434,7 +434,7 @@ def test_integers_stay_integers_inside_lists_and_dicts(run: Run) -> None:
     @dsl.pipeline(name="ints")
     def ints(
         values: list[int] = [1, 2], options: dict[str, Any] = {"n": 3, "r": 0.5, "deep": [4]}, big: int = 5
-    ) -> str:  # noqa: B006
+    ) -> str:
         return describe(values=values, options=options, big=big).output
 
     expected = [[1, 2], {"n": 3, "r": 0.5, "deep": [4]}, 5]

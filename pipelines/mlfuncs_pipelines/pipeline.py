@@ -1,0 +1,177 @@
+"""`@ml.pipeline`: kfp's own DSL around decorated functions; run here, compile, submit, schedule."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+from mlfuncs.errors import InvalidInput, MlfuncsError, SpecError
+from mlfuncs.spec import slugify
+from mlfuncs_pipelines.components import is_tracing
+
+if TYPE_CHECKING:
+    from mlfuncs_pipelines.ir import Pipeline as IrPipeline
+    from mlfuncs_pipelines.kubeflow import KubeflowRun, Schedule
+    from mlfuncs_pipelines.local_run import LocalRun
+
+_NATIVE = {
+    "NUMBER_INTEGER": int,
+    "NUMBER_DOUBLE": float,
+    "STRING": str,
+    "BOOLEAN": bool,
+    "LIST": list,
+    "STRUCT": dict,
+}
+
+
+class Pipeline:
+    """A pipeline body and its name. Calling it inside another pipeline's body nests it there."""
+
+    def __init__(self, body: Callable[..., Any], name: str = "", description: str = "", **options: Any) -> None:
+        functools.update_wrapper(self, body)
+        self.body = body
+        self.name = name or slugify(body.__name__)
+        self.description = description or inspect.getdoc(body) or ""
+        self._options = options
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """A task of the pipeline around it. Raises SpecError outside of one, where `run` is what is meant."""
+        if not is_tracing():
+            raise SpecError(
+                f"pipeline {self.name} is not called but run: {self.name}.run(...), .compile(path), .submit()"
+            )
+        with _suspended():
+            component = self.component
+        signature = inspect.signature(self.body)
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError as exc:
+            raise InvalidInput(f"pipeline {self.name}: {exc}") from None
+        return component(**bound.arguments)
+
+    def __repr__(self) -> str:
+        return f"<mlfuncs pipeline {self.name!r}{inspect.signature(self.body)}>"
+
+    @property
+    def component(self) -> Any:
+        """The pipeline as kfp's graph component, traced anew."""
+        from kfp import dsl
+
+        from mlfuncs_pipelines.tracing import kfp_body
+
+        body = kfp_body(self.body, self.name)
+        try:
+            return dsl.pipeline(name=self.name, description=self.description or None, **self._options)(body)
+        except MlfuncsError:
+            raise
+        except (ValueError, TypeError, RuntimeError) as exc:
+            raise SpecError(f"pipeline {self.name} cannot be compiled: {exc}") from exc
+
+    @property
+    def ir(self) -> IrPipeline:
+        """The compiled pipeline, checked. Raises InvalidPipeline with every problem."""
+        from google.protobuf import json_format
+
+        from mlfuncs_pipelines.ir import Pipeline as IrPipeline
+        from mlfuncs_pipelines.ir_shape import Problem, canonical
+        from mlfuncs_pipelines.references import check_references
+        from mlfuncs_pipelines.validate import require_runnable
+
+        component = self.component
+        problems: list[Problem] = []
+        spec = canonical(json_format.MessageToDict(component.pipeline_spec), "PipelineSpec", "", problems)
+        platform = canonical(json_format.MessageToDict(component.platform_spec), "PlatformSpec", "", problems)
+        pipeline = IrPipeline.of(spec, platform)
+        return require_runnable(pipeline, [*problems, *check_references(pipeline)], f"pipeline {self.name}")
+
+    def run(
+        self,
+        *,
+        parallel: int = 0,
+        cache: bool = True,
+        ignore: Sequence[str] = (),
+        containers: str = "docker",
+        resume: str = "",
+        **params: Any,
+    ) -> LocalRun:
+        """Run on this machine and return the finished run.
+
+        `parallel` steps at once; results of equal steps are reused unless `cache` is False, inputs named in `ignore`
+        do not count for that; `resume` is the id of an earlier run to go on with. Raises RunFailed when a step fails.
+        """
+        from mlfuncs_pipelines.engine import Options
+        from mlfuncs_pipelines.local_run import run_here
+
+        options = Options(parallel, cache, frozenset(ignore), containers)
+        return run_here(self, self._encode(params), options, resume)
+
+    def compile(self, path: str | Path) -> Path:
+        """Write the pipeline as an IR YAML file, the same bytes for the same code, and return its path."""
+        from kfp import compiler
+
+        target = Path(path)
+        compiler.Compiler().compile(self.component, str(target))
+        return target
+
+    def submit(self, *, host: str = "", experiment: str = "Default", **params: Any) -> KubeflowRun:
+        """Run on Kubeflow Pipelines and return the started run. `host` defaults to the setting kubeflow_host."""
+        from mlfuncs_pipelines.kubeflow import submit
+
+        return submit(self, self._encode(params), host=host, experiment=experiment)
+
+    def schedule(self, cron: str, *, host: str = "", experiment: str = "Default", **params: Any) -> Schedule:
+        """Run on Kubeflow Pipelines at the times of `cron` (five or six fields) and return the schedule."""
+        from mlfuncs_pipelines.kubeflow import schedule
+
+        return schedule(self, cron, self._encode(params), host=host, experiment=experiment)
+
+    def _encode(self, params: dict[str, Any]) -> dict[str, Any]:
+        """The run's parameters as JSON. Raises InvalidInput."""
+        from mlfuncs_pipelines.ports import encode_constant
+        from mlfuncs_pipelines.tracing import pipeline_ports
+
+        ports = pipeline_ports(self.body, self.name)
+        unknown = sorted(set(params) - set(ports))
+        if unknown:
+            known = ", ".join(ports) or "none"
+            raise InvalidInput(f"pipeline {self.name} has no parameter {unknown[0]!r}; its parameters: {known}")
+        return {name: value if value is None else encode_constant(ports[name], value) for name, value in params.items()}
+
+
+@overload
+def pipeline(body: Callable[..., Any], /) -> Pipeline: ...
+@overload
+def pipeline(
+    *, name: str = "", description: str = "", pipeline_root: str | None = None, pipeline_config: Any = None
+) -> Callable[[Callable[..., Any]], Pipeline]: ...
+def pipeline(body: Any = None, /, **options: Any) -> Any:
+    """Make a pipeline of a function that calls decorated functions and kfp components.
+
+    >>> @pipeline
+    ... def churn(days: int = 30): ...
+    >>> churn.name
+    'churn'
+    """
+    if body is None:
+        return lambda decorated: pipeline(decorated, **options)
+    given = {key: value for key, value in options.items() if value is not None}
+    return Pipeline(body, **given)
+
+
+@contextmanager
+def _suspended() -> Iterator[None]:
+    """No pipeline is being traced while the block runs, so that kfp can trace another one inside."""
+    from kfp.dsl import pipeline_context, pipeline_task
+
+    outer = pipeline_context.Pipeline._default_pipeline
+    handler = pipeline_task.PipelineTask._register_task_handler
+    pipeline_context.Pipeline._default_pipeline = None
+    try:
+        yield
+    finally:
+        pipeline_context.Pipeline._default_pipeline = outer
+        pipeline_task.PipelineTask._register_task_handler = handler

@@ -1,0 +1,298 @@
+"""A function's parameters and results as inputs and outputs of a kfp component.
+
+int, float, str, bool, list[...], dict[...]       parameters of kfp's own types
+Enum, Literal, datetime, dataclass, pydantic      parameters too: their JSON, as STRUCT, STRING or a number
+tables and arrays                                 system.Dataset
+estimators                                        system.Model
+ml.Metrics, ml.ClassificationMetrics              system.Metrics, system.ClassificationMetrics
+ml.HTML and figures, ml.Markdown                  system.HTML, system.Markdown
+pathlib.Path (as a result), bytes, anything else  system.Artifact
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import inspect
+import json
+import sys
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from mlfuncs.errors import InvalidInput, SignatureError
+from mlfuncs.signature import Parameter, Signature
+
+Form = Literal["value", "json", "artifact"]  # "json": the value's JSON as the text of a STRING
+_NATIVE = {
+    int: "NUMBER_INTEGER",
+    float: "NUMBER_DOUBLE",
+    str: "STRING",
+    bool: "BOOLEAN",
+    list: "LIST",
+    dict: "STRUCT",
+}
+_SEQUENCES = (list, set, frozenset, tuple)
+SCHEMA_VERSION = "0.0.1"
+
+
+@dataclass(frozen=True)
+class Port:
+    """One input or output: how its value travels. `kind` is a kfp parameter type or an artifact's schema title."""
+
+    name: str
+    hint: Any
+    form: Form
+    kind: str
+    is_list: bool = False
+    optional: bool = False
+    default: Any = None  # the default as JSON, for a parameter that has one
+
+    @property
+    def type_name(self) -> str:
+        """The Python type as a user writes it."""
+        return getattr(self.hint, "__name__", None) or str(self.hint).replace("typing.", "")
+
+
+def input_ports(signature: Signature) -> dict[str, Port]:
+    """The inputs of a component, in the order of the function's parameters."""
+    if signature.kind == "nuclio":
+        raise SignatureError(f"{signature.name} is a Nuclio handler, which has no parameters to make a step of")
+    return {parameter.name: _input_port(parameter) for parameter in signature.parameters}
+
+
+def output_ports(signature: Signature) -> dict[str, Port]:
+    """The outputs of a component: the fields of a NamedTuple, else "Output"; none for a function that returns None."""
+    returns = signature.returns
+    if returns in (None, type(None)):
+        return {}
+    if inspect.isclass(returns) and issubclass(returns, tuple) and hasattr(returns, "_fields"):
+        hints = typing.get_type_hints(returns)
+        return {name: output_port(name, hints.get(name, Any)) for name in returns._fields}
+    return {"Output": output_port("Output", returns)}
+
+
+def output_port(name: str, hint: Any) -> Port:
+    """The output `name` of type `hint`."""
+    inner, optional = strip_optional(hint)
+    form, kind = classify(inner)
+    if inner is Path:
+        form, kind = "artifact", "system.Artifact"
+    return Port(name, hint, form, kind, optional=optional)
+
+
+def artifact_port(port: Port, kind: str, is_list: bool) -> Port:
+    """The input `port` when it is given an artifact of the schema title `kind`."""
+    return dataclasses.replace(port, form="artifact", kind=kind, is_list=is_list, default=None)
+
+
+def value_port(port: Port, kind: str) -> Port:
+    """The input `port` when it is given a parameter of the kfp type `kind` as it is."""
+    return dataclasses.replace(port, form="value", kind=kind, default=None)
+
+
+def classify(hint: Any) -> tuple[Form, str]:
+    """How a value of type `hint` travels, and as what."""
+    if hint is Any:
+        return "artifact", "system.Artifact"
+    origin = typing.get_origin(hint)
+    if origin is typing.Annotated:
+        return classify(typing.get_args(hint)[0])
+    if origin is Literal:
+        return _of_values(typing.get_args(hint))
+    if hint in _NATIVE and hint not in (list, dict):
+        return "value", _NATIVE[hint]
+    if inspect.isclass(hint) and issubclass(hint, enum.Enum):
+        return _of_values([member.value for member in hint])
+    title = _artifact_title(hint)
+    if title:
+        return "artifact", title
+    if not _is_json(hint):
+        return "artifact", "system.Artifact"
+    if hint in _SEQUENCES or origin in _SEQUENCES:
+        return "value", "LIST"
+    if hint is dict or origin is dict or _is_record(hint):
+        return "value", "STRUCT"
+    return ("value", "STRING") if _is_text(hint) else ("json", "STRING")
+
+
+def strip_optional(hint: Any) -> tuple[Any, bool]:
+    """(X, True) for X | None, else (hint, False)."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        inner = [option for option in typing.get_args(hint) if option is not type(None)]
+        if len(inner) < len(typing.get_args(hint)):
+            return (inner[0] if len(inner) == 1 else typing.Union[tuple(inner)]), True  # noqa: UP007 - built here
+    return hint, False
+
+
+def _input_port(parameter: Parameter) -> Port:
+    inner, optional = strip_optional(parameter.annotation)
+    form, kind = classify(inner)
+    if inner is Any:
+        form, kind = "json", "STRING"  # until it is known what it is given
+    port = Port(parameter.name, parameter.annotation, form, kind)
+    if inner is not Any and _is_artifact_list(inner):
+        element = classify(typing.get_args(inner)[0])[1]
+        port = dataclasses.replace(port, form="artifact", kind=element, is_list=True)
+    if parameter.required:
+        return dataclasses.replace(port, optional=optional)
+    default = None
+    if port.form != "artifact" and parameter.default is not None:
+        default = encode_constant(port, parameter.default)
+    return dataclasses.replace(port, optional=True, default=default)
+
+
+def encode_constant(port: Port, value: Any) -> Any:
+    """`value` as it is written into the pipeline file. Raises InvalidInput when it does not fit the type."""
+    if type(value) is port.hint and port.hint in (int, str, bool):
+        return value
+    checker, writer = _border(port.name, port.hint)
+    try:
+        checked = checker.check({port.name: value})[port.name]
+    except InvalidInput:
+        if not isinstance(value, dict | list | str):
+            raise
+        checked = _from_json(port, value)  # a record or choice written as its JSON
+    text = writer.write(checked)
+    return text.decode() if port.form == "json" else json.loads(text)
+
+
+def decode_value(port: Port, value: Any) -> Any:
+    """The Python value of a parameter that a step received as JSON. Raises InvalidInput, naming the input."""
+    if value is None and port.optional:
+        return None
+    if port.form == "value" and type(value) is port.hint and port.hint in (int, str, bool, float):
+        return value
+    text = value.encode() if port.form == "json" else json.dumps(value).encode()
+    body = b'{"' + port.name.encode() + b'":' + text + b"}"
+    return _reader(port).read(body)[port.name]
+
+
+def _from_json(port: Port, value: Any) -> Any:
+    try:
+        body = json.dumps({port.name: value})
+    except TypeError as exc:
+        raise InvalidInput(f"{port.name}: {value!r} is no {port.type_name}, and has no JSON that could be one") from exc
+    return _reader(port).read(body.encode())[port.name]
+
+
+def encode_value(port: Port, value: Any) -> Any:
+    """A result as the JSON value of an output parameter. Raises InvalidInput when it is not what was declared."""
+    if type(value) is port.hint and port.hint in (int, str, bool):
+        return value
+    text = _border(port.name, port.hint)[1].write(value)
+    return text.decode() if port.form == "json" else json.loads(text)
+
+
+def build_borders(ports: list[Port]) -> None:
+    """Build the validators of parameters ahead of their use."""
+    for port in ports:
+        if port.form != "artifact":
+            _border(port.name, port.hint)
+            _reader(port)
+
+
+# validators by name and type; the type is kept beside them, so that its id stays its own
+_BORDERS: dict[Any, Any] = {}
+
+
+def _border(name: str, hint: Any) -> tuple[Any, Any]:
+    from mlfuncs.validation import Checker, Writer
+
+    key = (name, id(hint))
+    if key not in _BORDERS:
+        _BORDERS[key] = Checker(name, (_required(name, hint),)), Writer(name, hint), hint
+    checker, writer, _ = _BORDERS[key]
+    return checker, writer
+
+
+def _reader(port: Port) -> Any:
+    from mlfuncs.validation import Reader
+
+    key = ("reader", port.name, id(port.hint))
+    if key not in _BORDERS:
+        _BORDERS[key] = Reader("the step", (_required(port.name, port.hint),), None), port.hint
+    return _BORDERS[key][0]
+
+
+def _required(name: str, hint: Any) -> Parameter:
+    return Parameter(name, hint, Parameter.empty, "keyword")
+
+
+def _of_values(values: Any) -> tuple[Form, str]:
+    """The port of a choice among `values`."""
+    for kind, name in ((str, "STRING"), (int, "NUMBER_INTEGER"), (float, "NUMBER_DOUBLE")):
+        if all(type(value) is kind for value in values):
+            return "value", name
+    return "json", "STRING"
+
+
+def _artifact_title(hint: Any) -> str:
+    """The system.* type of a class whose values have one; "" for others."""
+    from mlfuncs import results
+    from mlfuncs.codecs.tables import library_of
+
+    if not inspect.isclass(hint):
+        return ""
+    if hint is results.Metrics:
+        return "system.Metrics"
+    if hint is results.ClassificationMetrics:
+        return "system.ClassificationMetrics"
+    if hint in (results.HTML, results.FigureImage) or _is_class_of("matplotlib.figure", "Figure", hint):
+        return "system.HTML"
+    if hint is results.Markdown:
+        return "system.Markdown"
+    if library_of(hint) or _is_class_of("numpy", "ndarray", hint):
+        return "system.Dataset"
+    if hasattr(hint, "fit") and (hasattr(hint, "get_params") or hasattr(hint, "predict")):
+        return "system.Model"
+    return "system.Artifact" if hint is bytes else ""
+
+
+def _is_class_of(module: str, name: str, hint: type) -> bool:
+    found = getattr(sys.modules.get(module), name, None)
+    return found is not None and issubclass(hint, found)
+
+
+def _is_artifact_list(hint: Any) -> bool:
+    arguments = typing.get_args(hint)
+    return typing.get_origin(hint) is list and bool(arguments) and any(map(_artifact_title, _leaves(arguments[0])))
+
+
+def _is_record(hint: Any) -> bool:
+    return inspect.isclass(hint) and (
+        dataclasses.is_dataclass(hint) or hasattr(hint, "model_fields") or typing.is_typeddict(hint)
+    )
+
+
+def _is_json(hint: Any) -> bool:
+    """Whether every value of the type can be written as JSON and read back by its border."""
+    if hint is Path:
+        return True
+    if any(_artifact_title(leaf) for leaf in _leaves(hint)):
+        return False
+    from mlfuncs.validation import Writer
+
+    try:
+        return bool(Writer("value", hint).schema is not None)
+    except SignatureError:
+        return False
+
+
+def _leaves(hint: Any) -> Iterator[Any]:
+    """The classes that a type is made of."""
+    arguments = [argument for argument in typing.get_args(hint) if argument is not Ellipsis]
+    if not arguments or typing.get_origin(hint) is Literal:
+        yield hint
+    for argument in arguments:
+        yield from _leaves(argument)
+
+
+def _is_text(hint: Any) -> bool:
+    """Whether the type's JSON is always a string: datetime, date, UUID, Path, Decimal and the like."""
+    from mlfuncs.validation import Writer
+
+    return Writer("value", hint).schema.get("type") == "string"
