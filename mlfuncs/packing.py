@@ -15,9 +15,7 @@ import sys
 import threading
 import types
 import typing
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from typing import Any, BinaryIO, Self
 
 import cloudpickle
 
@@ -34,12 +32,12 @@ def pack(target: Any, by_value: frozenset[str]) -> bytes:
     """`target` as pickle bytes; what `by_value` modules define goes in whole. Raises BundleError."""
     buffer = io.BytesIO()
     packed = {"target": target, "init_context": init_context_of(target)}
-    with _registering, _registered(by_value):
-        try:
-            CodePickler(buffer, by_value).dump(packed)
-        except (TypeError, pickle.PicklingError, AttributeError, ValueError, NotImplementedError) as exc:
-            name = getattr(target, "__name__", repr(target))
-            raise BundleError(f"function {name!r} cannot be packed: {exc}") from exc
+    try:
+        with CodePickler(buffer, by_value) as pickler:
+            pickler.dump(packed)
+    except (TypeError, pickle.PicklingError, AttributeError, ValueError, NotImplementedError) as exc:
+        name = getattr(target, "__name__", repr(target))
+        raise BundleError(f"function {name!r} cannot be packed: {exc}") from exc
     return buffer.getvalue()
 
 
@@ -52,27 +50,30 @@ def unpack(code: bytes) -> Any:
     return target
 
 
-@contextmanager
-def _registered(by_value: frozenset[str]) -> Iterator[None]:
-    # keyed by the module's own name: `__mp_main__` is `__main__` under a second one
-    modules = {sys.modules[name].__name__: sys.modules[name] for name in by_value if name in sys.modules}
-    before = cloudpickle.list_registry_pickle_by_value()
-    mine = [module for name, module in modules.items() if name not in before]
-    for module in mine:
-        cloudpickle.register_pickle_by_value(module)
-    try:
-        yield
-    finally:
-        for module in mine:
-            cloudpickle.unregister_pickle_by_value(module)
-
-
 class CodePickler(cloudpickle.Pickler):
-    """cloudpickle's pickler, told how to treat hints, our functions, caches and named types."""
+    """cloudpickle's pickler, told how to treat hints, our functions, caches and named types. Used in a `with` block."""
 
-    def __init__(self, file: io.BytesIO, by_value: frozenset[str]) -> None:
+    def __init__(self, file: BinaryIO, by_value: frozenset[str]) -> None:
         super().__init__(file)
         self.by_value = by_value
+        self._registered: list[types.ModuleType] = []
+
+    def __enter__(self) -> Self:
+        """Tell cloudpickle, for the length of the block, which modules go by value."""
+        _registering.acquire()
+        # keyed by the module's own name: `__mp_main__` is `__main__` under a second one
+        modules = {sys.modules[name].__name__: sys.modules[name] for name in self.by_value if name in sys.modules}
+        before = cloudpickle.list_registry_pickle_by_value()
+        for name, module in modules.items():
+            if name not in before and name in sys.modules:
+                cloudpickle.register_pickle_by_value(module)
+                self._registered.append(module)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for module in self._registered:
+            cloudpickle.unregister_pickle_by_value(module)
+        _registering.release()
 
     def reducer_override(self, obj: Any) -> Any:
         kind = type(obj)
