@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import html
 import time
 from typing import TYPE_CHECKING, Any
 
 from mlfuncs.display import card_html, fold_html, format_duration, format_time, table_html
-from mlfuncs.errors import Conflict, DeadlineExceeded, NotFound
+from mlfuncs.errors import Conflict, DeadlineExceeded, MlfuncsError, NotFound
 from mlfuncs.reconciling import reconcile
 from mlfuncs.recorder import recorder
 from mlfuncs.registry import MetricPoint, Registry, RunContents, RunRow
 from mlfuncs.registry.runs import ACTIVE
 from mlfuncs.settings import Settings
-from mlfuncs.values import as_handle, open_store
+from mlfuncs.values import Artifact, as_handle, open_store
 
 if TYPE_CHECKING:
     from mlfuncs.isolation import Supervision
@@ -226,6 +228,7 @@ class Run:
         for title, values in named.items():
             if values:
                 parts.append(table_html([values], list(values), caption=title))
+        parts += [_picture(name, value) for name, value in {**self.outputs, **self.artifacts}.items()]
         folds = fold_html("traceback", self.traceback) + fold_html("log", self.logs[-20_000:])
         return card_html(row.function, row.status, facts, "".join(parts) + folds)
 
@@ -247,3 +250,12 @@ class Run:
         if ended:  # nothing of it changes any more
             self._contents = contents
         return contents
+
+
+def _picture(name: str, value: Any) -> str:
+    """A figure or a classifier's metrics as a titled block; nothing for other values, or when it cannot be read."""
+    if not isinstance(value, Artifact) or value.kind not in ("figure", "classification_metrics"):
+        return ""
+    with contextlib.suppress(MlfuncsError):
+        return f'<div style="margin:6px 0">{html.escape(name)}<br>{value._repr_html_()}</div>'
+    return ""

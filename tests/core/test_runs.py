@@ -530,11 +530,38 @@ class TestLookingBack:
         assert "<script>" not in html and "<b>log" not in html and "<i>" not in html
         assert "&lt;script&gt;" in html and "traceback" in html
 
+    def test_figures_are_shown_with_the_run(self):
+        def function() -> ml.ClassificationMetrics:
+            import matplotlib
+
+            matplotlib.use("agg")
+            import matplotlib.pyplot as plt
+
+            figure, axes = plt.subplots()
+            axes.plot([1, 2, 3])
+            ml.log_artifact("curve", figure)
+            plt.close(figure)
+            return ml.ClassificationMetrics.from_predictions([0, 1, 1, 0], [0.1, 0.9, 0.8, 0.3])
+
+        run = ml.run(function)
+        assert run.metrics == {"auc": 1.0}
+        page = run._repr_html_()
+        assert "data:image/png;base64" in page and "curve" in page
+
     def test_a_run_in_another_process_cannot_be_cancelled_from_here(self, settings):
         registry = open_registry(settings)
         registry.runs.create(RunRow("r1", "test", "f", status="running", owner=this_process()))
         with pytest.raises(Conflict, match="Ctrl-C"):
             ml.get_run("r1").cancel()
+
+
+def test_a_team_shares_runs_through_postgresql(postgres_url, monkeypatch):
+    monkeypatch.setenv("MLFUNCS_REGISTRY_URL", postgres_url)
+    assert train.run(rows=3).metrics == {"auc": 0.9}
+    assert ml.run(double, {"x": 2}, isolation="process").output == 4.0
+    assert [run.status for run in ml.list_runs()] == ["succeeded", "succeeded"]
+    monkeypatch.setenv("MLFUNCS_PROJECT", "other")
+    assert ml.list_runs() == []
 
 
 def test_a_small_run_costs_little():
