@@ -65,15 +65,43 @@ class Snapshot:
 
     def read(self, file: DataFile, columns: Sequence[str], types: Mapping[str, pa.DataType]) -> pa.Table:
         """`columns` of one file as `types` say; a column that the file is too old to have is null."""
+        return pa.concat_tables(self.batches(file, columns, types))
+
+    def batches(self, file: DataFile, columns: Sequence[str], types: Mapping[str, pa.DataType]) -> Iterator[pa.Table]:
+        """Like `read`, one row group at a time."""
         with delta.filesystem(self.uri).open_input_file(file.path) as source:
             reader = pq.ParquetFile(source)
-            have = set(reader.schema_arrow.names)
-            rows = reader.read([name for name in columns if name in have], use_threads=False)
-        arrays = [
-            rows[name].cast(types[name]) if name in have else pa.chunked_array([pa.nulls(file.rows, types[name])])
-            for name in columns
-        ]
-        return pa.table(arrays, names=list(columns))
+            for group in range(reader.num_row_groups):
+                yield _typed(reader, [group], columns, types)
+
+    def read_rows(
+        self, file: DataFile, columns: Sequence[str], types: Mapping[str, pa.DataType], rows: np.ndarray
+    ) -> pa.Table:
+        """The `rows` (ascending row numbers) of one file; row groups with none of them are not decoded."""
+        with delta.filesystem(self.uri).open_input_file(file.path) as source:
+            reader = pq.ParquetFile(source)
+            sizes = [reader.metadata.row_group(group).num_rows for group in range(reader.num_row_groups)]
+            bounds = np.cumsum([0, *sizes])
+            parts = []
+            for group in range(reader.num_row_groups):
+                low, high = np.searchsorted(rows, bounds[group : group + 2])
+                if low < high:
+                    chosen = pa.array(rows[low:high] - bounds[group])
+                    parts.append(_typed(reader, [group], columns, types).take(chosen))
+        return pa.concat_tables(parts)
+
+
+def _typed(
+    reader: pq.ParquetFile, groups: list[int], columns: Sequence[str], types: Mapping[str, pa.DataType]
+) -> pa.Table:
+    have = set(reader.schema_arrow.names)
+    rows = reader.read_row_groups(groups, [name for name in columns if name in have], use_threads=False)
+    count = sum(reader.metadata.row_group(group).num_rows for group in groups)
+    arrays = [
+        rows[name].cast(types[name]) if name in have else pa.chunked_array([pa.nulls(count, types[name])])
+        for name in columns
+    ]
+    return pa.table(arrays, names=list(columns))
 
 
 class OfflineStore:
