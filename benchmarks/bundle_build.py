@@ -1,4 +1,4 @@
-"""How long it takes to bundle a function as a notebook cell leaves it: changed code, requirements inferred, warm caches.
+"""How long it takes to bundle a function of a notebook cell: changed code, requirements inferred, warm caches.
 
     python benchmarks/bundle_build.py [--json]
 

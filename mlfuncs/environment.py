@@ -36,11 +36,12 @@ def infer_requirements(modules: Iterable[str], home: Path | None = None) -> tupl
     from mlfuncs.installed import installed
     from mlfuncs.source import OWN_PACKAGES
 
+    tops = {module: module.partition(".")[0] for module in modules}
+    wanted = [module for module, top in tops.items() if top not in sys.stdlib_module_names and top not in OWN_PACKAGES]
+    if not wanted:
+        return ()
     table, found = installed(home), {}
-    for module in modules:
-        top = module.partition(".")[0]
-        if top in sys.stdlib_module_names or top in OWN_PACKAGES:
-            continue
+    for module in wanted:
         for distribution in table.providing(module):
             found[distribution.name.lower()] = distribution.pin
     return tuple(found[name] for name in sorted(found))

@@ -11,19 +11,18 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import sys
 import sysconfig
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from packaging.markers import default_environment
-from packaging.requirements import InvalidRequirement, Requirement
-from packaging.utils import canonicalize_name
-from packaging.version import InvalidVersion, Version
+from typing import TYPE_CHECKING, Any
 
 from mlfuncs.files import write_atomically
+
+if TYPE_CHECKING:  # packaging takes tens of milliseconds to import, and a remembered lock needs none of it
+    from packaging.requirements import Requirement
 
 
 @dataclass(frozen=True)
@@ -77,6 +76,8 @@ class Installed:
             return False
         if requirement.url:
             return distribution.origin.endswith(requirement.url)
+        from packaging.version import InvalidVersion, Version
+
         try:
             return requirement.specifier.contains(Version(distribution.version), prereleases=True)
         except InvalidVersion:
@@ -183,7 +184,14 @@ def _holds(name: str, path: str) -> bool:
     return any(str(file).startswith((path + "/", path + ".")) for file in files)
 
 
+def canonicalize_name(name: str) -> str:
+    """A distribution's name in the one form of PEP 503, e.g. "scikit-learn"."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
 def _parse(line: str) -> Requirement | None:
+    from packaging.requirements import InvalidRequirement, Requirement
+
     try:
         return Requirement(line)
     except InvalidRequirement:
@@ -198,4 +206,6 @@ def _applies(requirement: Requirement, extras: Iterable[str]) -> bool:
 
 @functools.cache
 def _markers() -> dict[str, Any]:
+    from packaging.markers import default_environment
+
     return dict(default_environment())
