@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from mlfuncs.cli.output import as_json, emit, table
 from mlfuncs.settings import read_settings
-
-if TYPE_CHECKING:
-    from mlfuncs_runtime.process_target import ProcessTarget
 
 _COLUMNS = ("name", "state", "revision", "traffic", "replicas", "queued", "rps", "p50 ms", "p99 ms", "panic", "message")
 
@@ -44,11 +41,11 @@ def status(watch: bool, json_wanted: bool) -> None:
     emit(values, json_wanted, lambda: _text(values))
 
 
-def _target() -> ProcessTarget:
+def _target() -> Any:
+    """The process target of this home, which alone has a supervisor to start and stop."""
     from mlfuncs import adapters
 
-    target: ProcessTarget = adapters.load("target:process")(read_settings())
-    return target
+    return adapters.load("target:process")(read_settings())
 
 
 def _overview() -> dict[str, Any]:
