@@ -148,7 +148,7 @@ def render_text(renderable: Any, width: int | None = None) -> str:
     import rich.console
 
     width = width or shutil.get_terminal_size((120, 24)).columns
-    console = rich.console.Console(file=io.StringIO(), width=width, color_system=None)
+    console = rich.console.Console(file=io.StringIO(), width=width, color_system=None, force_jupyter=False)
     console.print(renderable)
     return str(console.file.getvalue()).rstrip()  # type: ignore[attr-defined]
 

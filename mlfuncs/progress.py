@@ -146,7 +146,7 @@ class TerminalView:
             TimeElapsedColumn(),
             TextColumn("{task.fields[note]}", style="dim", markup=False),
         )
-        self._progress = Progress(*columns, console=Console(file=stream), refresh_per_second=4)
+        self._progress = Progress(*columns, console=Console(file=stream, force_jupyter=False), refresh_per_second=4)
         self._task: Any = None
 
     def draw(self, state: State) -> None:
