@@ -37,7 +37,7 @@ def digest(code: str, folder: Path, name: str = "f", seed: int = 0, how: str = "
     else:
         (folder / "job.py").write_text(code)
         command = [sys.executable, "-c", f"from job import {name}" + SHOW.format(name=name)]
-    environ = {**os.environ, "PYTHONHASHSEED": str(seed), "PYTHONDONTWRITEBYTECODE": "1"}
+    environ = {**os.environ, "PYTHONHASHSEED": str(seed)}
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environ, timeout=60)
     assert done.returncode == 0, done.stderr
     return done.stdout
