@@ -6,6 +6,7 @@ All times come in as arguments; the supervisor calls `tick` twice a second and `
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from mlfuncs_runtime.autoscaler import (
 from mlfuncs_runtime.plan import EndpointPlan, bounds, initial_replicas
 from mlfuncs_runtime.reconcile import Key, Observed, Phase
 from mlfuncs_runtime.windows import LoadWindows
+
+log = logging.getLogger("mlfuncs.supervisor")
 
 RATE_S = 5.0  # the span that rates and durations are told over
 
@@ -121,6 +124,16 @@ class Scaler:
         desired = decision.desired if decision.valid else None
         memory.scale = apply_bounds(memory.config, desired, Replicas(observation.ready), memory.scale, now_s)
         memory.panicking = decision.panicking
+        if self.scaled.get(key) != memory.scale.replicas:
+            log.info(
+                "%s %s: %s -> %d replicas (load %s over the window, %s now%s)",
+                *key,
+                self.scaled.get(key, "new"),
+                memory.scale.replicas,
+                _shown(observation.stable),
+                _shown(observation.panic),
+                ", panic" if decision.panicking else "",
+            )
         self.scaled[key] = memory.scale.replicas
 
     def _memory(self, plan: EndpointPlan, revision: str, observed: Observed, now_s: float) -> _Memory:
@@ -136,6 +149,10 @@ class Scaler:
             memory = self._memories[key] = _Memory(config, LoadWindows(config), state, scale_state)
         memory.config = config  # traffic may have come or gone, and with it the lower bound
         return memory
+
+
+def _shown(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.3g}"
 
 
 class _Load:
