@@ -119,7 +119,8 @@ def _report(execute: Any, as_json: bool) -> None:
     except MlfuncsError as exc:
         if as_json:
             problem = exc.to_problem()
-            click.echo(json.dumps({"status": "error", "error": str(exc), "steps": [], "outputs": {}, **problem}))
+            body = {**problem, "status": "failed", "error": str(exc), "steps": [], "outputs": {}}
+            click.echo(json.dumps(body))
         else:
             click.echo(f"error: {exc}", err=True)
         raise SystemExit(2) from None

@@ -29,7 +29,16 @@ from mlfuncs_pipelines.importer import run_importer
 from mlfuncs_pipelines.inputs import Values
 from mlfuncs_pipelines.ir import Pipeline
 from mlfuncs_pipelines.preflight import Plan
-from mlfuncs_pipelines.run_log import PipelineRun, RunLog, StepRecord, finished_steps, from_json, plain, to_json
+from mlfuncs_pipelines.run_log import (
+    PipelineRun,
+    RunLog,
+    StepRecord,
+    finished_steps,
+    from_json,
+    plain,
+    step_run_id,
+    to_json,
+)
 from mlfuncs_pipelines.steps import Prepared, cache_key, container_name, make_folder, prepare_step, write_request
 from mlfuncs_pipelines.workers import Exit, Preload, Worker, WorkerPool
 
@@ -107,6 +116,7 @@ class Engine:
         self._finished = finished_steps(self.run.folder) if self.options.resume else {}
         self._log = RunLog(self.run.folder)
         self._over = False
+        self._watched = any(type(one).step_logged is not Observer.step_logged for one in self.observers)
         self._poll = select.poll()
         self._sockets: dict[int, Worker] = {}
 
@@ -189,7 +199,9 @@ class Engine:
                 self._spawn(prepared, record, None, None)
             else:
                 ignored = {f"input {name}" for name in self.options.ignore}
-                self._start_cached(prepared, Key({k: v for k, v in key.parts.items() if k not in ignored}))
+                key = Key({name: part for name, part in key.parts.items() if name not in ignored})
+                record.cache_parts = key.parts
+                self._start_cached(prepared, key)
 
     def _import(self, prepared: Prepared, record: StepRecord) -> None:
         try:
@@ -209,15 +221,17 @@ class Engine:
             return
         outputs = self._cache.get(key)
         if outputs is None:
+            record.cache_note = self._cache.explain(key, self.pipeline.name, record.id)
             self._spawn(prepared, record, key, lock)
         else:
             os.close(lock)
-            record.cached = True
+            record.cached, record.cache_note = True, "hit"
             self._succeed(record, outputs)
 
     def _spawn(self, prepared: Prepared, record: StepRecord, key: Key | None, lock: int | None) -> None:
         make_folder(prepared)
-        request = write_request(prepared, self.options.containers, self.run.folder)
+        track = {"run_id": step_run_id(self.run.id, record), "journal": str(prepared.folder / "journal.jsonl")}
+        request = write_request(prepared, self.options.containers, self.run.folder, track)
         preload = prepared.plan.preload or _command_preload()
         worker = self._watch(self.pool.get(preload))
         began = time.monotonic()
@@ -326,7 +340,7 @@ class Engine:
 
     def _follow(self, running: _Running) -> None:
         """Pass on what the step has printed since the last look."""
-        if not self.observers:
+        if not self._watched:
             return
         with contextlib.suppress(FileNotFoundError), open(running.prepared.log, "rb") as file:
             file.seek(running.log_seen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
@@ -33,6 +34,8 @@ class StepRecord:
     reason: str = ""
     traceback: str = ""
     log: str = ""
+    cache_note: str = ""  # why the cache was used or not
+    cache_parts: Mapping[str, str] = field(default_factory=dict)
     resources: Mapping[str, Any] = field(default_factory=dict)
     inputs: Values = field(default_factory=Values)
     outputs: Values = field(default_factory=Values)
@@ -40,7 +43,18 @@ class StepRecord:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values; what is empty is left out."""
         body: dict[str, Any] = {"id": self.id, "task": self.task, "status": self.status}
-        for name in ("attempt", "started", "max_rss_mib", "cpu_s", "cached", "resumed", "reason", "traceback", "log"):
+        for name in (
+            "attempt",
+            "started",
+            "max_rss_mib",
+            "cpu_s",
+            "cached",
+            "resumed",
+            "reason",
+            "traceback",
+            "log",
+            "cache_note",
+        ):
             if getattr(self, name):
                 body[name] = getattr(self, name)
         if self.resources:
@@ -62,6 +76,7 @@ class PipelineRun:
     params: Mapping[str, Any]
     folder: Path
     started: float
+    digest: str = ""  # of the pipeline file
     duration_s: float = 0.0
     outputs: Mapping[str, Any] = field(default_factory=dict)
     steps: dict[str, StepRecord] = field(default_factory=dict)
@@ -129,6 +144,11 @@ def known_runs(folder: Path) -> list[str]:
         return []
     found = [entry for entry in folder.iterdir() if (entry / "journal.jsonl").exists()]
     return [entry.name for entry in sorted(found, key=lambda entry: entry.stat().st_mtime, reverse=True)]
+
+
+def step_run_id(run_id: str, step: StepRecord) -> str:
+    """The id of the step's row: 20 hex digits, the same when the run is resumed."""
+    return hashlib.sha256(f"{run_id}/{step.id}/{step.attempt}".encode()).hexdigest()[:20]
 
 
 def plain(values: Values) -> dict[str, Any]:

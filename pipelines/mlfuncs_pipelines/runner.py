@@ -18,8 +18,10 @@ from mlfuncs.settings import Settings, ensure_home
 from mlfuncs_pipelines.engine import Engine, Observer, Options
 from mlfuncs_pipelines.inputs import Values, complete
 from mlfuncs_pipelines.ir import Pipeline
+from mlfuncs_pipelines.lineage import LineageObserver
 from mlfuncs_pipelines.placeholders import uses
 from mlfuncs_pipelines.preflight import prepare
+from mlfuncs_pipelines.registry_record import RegistryObserver
 from mlfuncs_pipelines.run_log import PipelineRun, read_journal, runs_folder
 from mlfuncs_pipelines.workers import WorkerPool
 
@@ -39,7 +41,7 @@ def run_pipeline(
     run_id = f"{pipeline.name or 'pipeline'}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
     folder = runs_folder(settings) / run_id
     started = time.time()
-    run = PipelineRun(run_id, pipeline.name, "running", dict(params), folder, started)
+    run = PipelineRun(run_id, pipeline.name, "running", dict(params), folder, started, pipeline.digest)
     return _execute(pipeline, run, settings, options or Options(), observers)
 
 
@@ -59,7 +61,7 @@ def resume_run(
     if first is None or documents is None:
         raise NotFound("resumable pipeline run", run_id, hint="it ended before its first step; start it anew")
     pipeline = Pipeline.of(documents["spec"], documents["platform"])
-    run = PipelineRun(run_id, pipeline.name, "running", first["params"], folder, time.time())
+    run = PipelineRun(run_id, pipeline.name, "running", first["params"], folder, time.time(), pipeline.digest)
     given = options or Options()
     resumed = Options(given.parallel, given.cache, given.ignore, given.containers, resume=True)
     return _execute(pipeline, run, settings, resumed, observers)
@@ -82,7 +84,8 @@ def _execute(
     body = {"spec": pipeline.spec, "platform": pipeline.platform}
     (run.folder / "pipeline.json").write_text(json.dumps(body), encoding="utf-8")
     constants = _constants(pipeline, run.id, run.folder)
-    engine = Engine(pipeline, run, plans, constants, settings, worker_pool(), options, observers)
+    kept = [RegistryObserver(settings), LineageObserver(settings.project), *observers]
+    engine = Engine(pipeline, run, plans, constants, settings, worker_pool(), options, kept)
     return engine.execute()
 
 

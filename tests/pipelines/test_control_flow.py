@@ -1,5 +1,7 @@
 """kfp's control flow on the local engine: compiled by the real kfp (which reads no string annotations), really run."""
 
+# ruff: noqa: UP014, B006 - components are written as kfp users write them
+
 import json
 from collections.abc import Callable
 from pathlib import Path

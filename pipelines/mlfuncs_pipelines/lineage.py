@@ -1,0 +1,82 @@
+"""OpenLineage events of a run, as JSON lines in its folder: what read what, and what it made.
+
+The format is OpenLineage 1.0's RunEvent (https://openlineage.io/spec/2-0-2/OpenLineage.json).
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from datetime import UTC, datetime
+from typing import Any
+
+from mlfuncs import __version__
+from mlfuncs_pipelines.engine import Observer
+from mlfuncs_pipelines.inputs import Values
+from mlfuncs_pipelines.run_log import PipelineRun, StepRecord
+
+_PRODUCER = f"https://pypi.org/project/mlfuncs/{__version__}"
+_SCHEMA = "https://openlineage.io/spec/2-0-2/OpenLineage.json#/$defs/RunEvent"
+_EVENTS = {"running": "START", "succeeded": "COMPLETE", "failed": "FAIL", "cancelled": "ABORT"}
+
+
+class LineageObserver(Observer):
+    """Appends to `openlineage.jsonl` beside the run's journal."""
+
+    def __init__(self, namespace: str) -> None:
+        self._namespace = namespace
+
+    def run_started(self, run: PipelineRun) -> None:
+        self._write(run, self._event("START", run, run.pipeline, _uuid(run.id)))
+
+    def step_changed(self, run: PipelineRun, record: StepRecord) -> None:
+        if record.is_group or record.status not in _EVENTS:
+            return
+        name = f"{run.pipeline}.{record.id}"
+        event = self._event(_EVENTS[record.status], run, name, _uuid(f"{run.id}/{record.id}/{record.attempt}"))
+        event["run"]["facets"] = {
+            "parent": {
+                "_producer": _PRODUCER,
+                "_schemaURL": "https://openlineage.io/spec/facets/1-0-1/ParentRunFacet.json",
+                "run": {"runId": _uuid(run.id)},
+                "job": {"namespace": self._namespace, "name": run.pipeline},
+            }
+        }
+        event["inputs"], event["outputs"] = _datasets(record.inputs), _datasets(record.outputs)
+        self._write(run, event)
+
+    def run_ended(self, run: PipelineRun) -> None:
+        self._write(run, self._event(_EVENTS[run.status], run, run.pipeline, _uuid(run.id)))
+
+    def _event(self, kind: str, run: PipelineRun, name: str, run_id: str) -> dict[str, Any]:
+        return {
+            "eventType": kind,
+            "eventTime": datetime.now(UTC).isoformat(),
+            "run": {"runId": run_id},
+            "job": {"namespace": self._namespace, "name": name},
+            "inputs": [],
+            "outputs": [],
+            "producer": _PRODUCER,
+            "schemaURL": _SCHEMA,
+        }
+
+    def _write(self, run: PipelineRun, event: dict[str, Any]) -> None:
+        with open(run.folder / "openlineage.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(event) + "\n")
+
+
+def _datasets(values: Values) -> list[dict[str, Any]]:
+    return [
+        {"namespace": _namespace(artifact["uri"]), "name": artifact["uri"].split("://", 1)[-1]}
+        for artifacts in values.artifacts.values()
+        for artifact in artifacts
+    ]
+
+
+def _namespace(uri: str) -> str:
+    scheme, separator, rest = uri.partition("://")
+    return f"{scheme}://{rest.split('/')[0]}" if separator and scheme != "file" else "file"
+
+
+def _uuid(text: str) -> str:
+    return str(uuid.uuid5(uuid.NAMESPACE_URL, text))
