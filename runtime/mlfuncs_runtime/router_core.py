@@ -16,14 +16,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from mlfuncs.errors import MlfuncsError, NotFound, TooLarge, Unauthorized, Unavailable
 from mlfuncs_runtime.router_access import cors_headers, is_token_valid, preflight_headers
 from mlfuncs_runtime.router_endpoint import Endpoint, ReplicaState, RevisionState
-from mlfuncs_runtime.router_http import problem_of
-from mlfuncs_runtime.router_request import Request
+from mlfuncs_runtime.router_http import RequestHead, problem_of
+from mlfuncs_runtime.router_request import Plan, Request
 
 if TYPE_CHECKING:
     from mlfuncs_runtime.router_client import Client
     from mlfuncs_runtime.routes import Route
 
 _PLACES = 4096  # request targets whose place is remembered
+_PLANS = 2048  # heads of requests that are recognised by their bytes
 _SWEEP_S = 0.01  # deadlines are looked at no more often than this
 _MASK = 2**64 - 1
 
@@ -60,12 +61,12 @@ class Core:
         self.random = random.random
         self.endpoints: dict[str, Endpoint] = {}
         self.clients: set[Client] = set()
-        self.busy: set[Request] = set()  # admitted and not over
         self.active: dict[Request, None] = {}  # admitted, and without an answer yet: a deadline holds
         self.draining: bool = False
-        self.generation = 0
         self.refused: dict[int, int] = {}
         self.retired: dict[tuple[str, str], Any] = {}
+        self.plans: dict[bytes, Plan] = {}  # by the bytes of a request's whole head
+        self._closing: set[Endpoint] = set()  # deleted, with requests in flight
         self._places: dict[bytes, Place] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._next_sweep_s = float("inf")
@@ -80,9 +81,12 @@ class Core:
         """Take a whole table; what it does not name is gone."""
         wanted = {route.endpoint: route for route in routes}
         self._places.clear()
-        self.generation += 1
+        self.plans.clear()
+        self._closing = {endpoint for endpoint in self._closing if endpoint.leaving}
         for name in [name for name in self.endpoints if name not in wanted]:
-            self.endpoints.pop(name).close()
+            endpoint = self.endpoints.pop(name)
+            endpoint.close()
+            self._closing.add(endpoint)
         for name, route in wanted.items():
             if name in self.endpoints:
                 self.endpoints[name].update(route)
@@ -95,9 +99,16 @@ class Core:
 
     def replicas_of(self, replica: str) -> list[ReplicaState]:
         """The states with requests in flight at a replica, removed from the table or not."""
-        current = [e.replicas[replica] for e in self.endpoints.values() if replica in e.replicas]
-        leaving = {r.replica for r in self.busy if r.replica is not None and r.replica.replica.id == replica}
-        return [*current, *(state for state in leaving if state not in current)]
+        endpoints = [*self.endpoints.values(), *self._closing]
+        current = [e.replicas[replica] for e in endpoints if replica in e.replicas]
+        leaving = [state for e in endpoints for state in e.leaving if state.replica.id == replica]
+        return [*current, *leaving]
+
+    def keep_plan(self, key: bytes, plan: Plan) -> None:
+        """Follow this plan for every request whose head has these bytes, until the table changes."""
+        if len(self.plans) >= _PLANS:
+            self.plans.clear()
+        self.plans[key] = plan
 
     def place_of(self, target: bytes) -> Place:
         """Where a target leads. Raises NotFound."""
@@ -136,97 +147,107 @@ class Core:
     def identify(self, request: Request) -> None:
         """Give the request its id, its trace and its time of arrival."""
         number = next(self._count)
+        head = request.head
         request.arrived_s = time.monotonic()
-        if not request.request_id:
-            request.request_id = b"%s-%08x" % (self._prefix, number)
-        if not request.traceparent:
-            span = number * 0x9E3779B97F4A7C15 & _MASK  # Fibonacci hashing spreads the counter over 64 bits
-            request.traceparent = b"00-%s%016x-%016x-01" % (self._trace, span, span or 1)
+        request.request_id = head.request_id or b"%s-%08x" % (self._prefix, number)
+        span = number * 0x9E3779B97F4A7C15 & _MASK or 1  # Fibonacci hashing spreads the counter over 64 bits
+        request.traceparent = head.traceparent or b"00-%s%016x-%016x-01" % (self._trace, span, span)
 
-    def route(self, request: Request, client: Client) -> None:
-        """Check a request and hand it to its endpoint or to the platform. Raises MlfuncsError when it is refused."""
+    def route(self, request: Request, client: Client) -> Plan | None:
+        """Check a request and hand it to its endpoint; the plan that was followed. None: the platform answered.
+
+        Raises MlfuncsError when the request is refused.
+        """
+        head = request.head
         try:
-            place = self.place_of(request.target)
+            place = self.place_of(head.target)
         except NotFound:
-            self._check_token(request, client, self.options.token_sha256)
+            self._check_token(head, self.options.token_sha256)
             raise
         endpoint = place.endpoint
         if endpoint is None:
             if place.path != b"/-/healthz":
-                self._check_token(request, client, self.options.token_sha256)
+                self._check_token(head, self.options.token_sha256)
             client.platform(request, place.path)
-            return
-        route = endpoint.route
-        access = route.access
-        if request.origin and access.cors_origins:
-            if request.method == b"OPTIONS" and self._answer_preflight(request, client, endpoint):
-                return
-            request.extra = cors_headers(access, request.origin)
-        tokens = self.options.token_sha256
-        if access.token_sha256:
-            tokens = (*tokens, *access.token_sha256)
-        if tokens:
-            self._check_token(request, client, tokens)
-        endpoint.rate_limit(request.arrived_s)
-        limits = route.limits
-        if request.length > limits.body_bytes:
-            raise too_large(limits.body_bytes)
-        request.path = place.path
-        request.deadline_s = request.arrived_s + min(limits.timeout_s, request.timeout_s)
-        endpoint.admit(request, place.revision or self._choose_revision(request, endpoint))
+            return None
+        access = endpoint.route.access
+        extra = b""
+        if head.origin and access.cors_origins:
+            if head.method == b"OPTIONS" and self._answer_preflight(request, client, endpoint):
+                return None
+            extra = request.extra = cors_headers(access, head.origin)
+        is_ours = self._check_token(head, (*self.options.token_sha256, *access.token_sha256))
+        if head.length > endpoint.route.limits.body_bytes:
+            endpoint.reject("body")
+            raise too_large(endpoint.route.limits.body_bytes)
+        revision, cookie = self._choose_revision(head, endpoint, place.revision)
+        plan = Plan(head, endpoint, revision, place.path, b"" if is_ours else head.authorization)
+        plan.extra = extra
+        request.extra = extra + cookie
+        if cookie or head.length > self.short_body:
+            plan.is_lasting = False
+        self.follow(request, plan)
+        return plan
 
-    def _check_token(self, request: Request, client: Client, tokens: tuple[str, ...]) -> None:
-        if not tokens:
-            return
-        known = (request.authorization, tokens)
-        if client.known_token != known:
-            if not is_token_valid(request.authorization, tokens):
-                what = "a wrong token came with" if request.authorization else "no token came with"
-                raise Unauthorized(f"{what} the request: send 'Authorization: Bearer <token>'")
-            client.known_token = known
-        request.authorization = b""  # the router's, not the handler's
+    def follow(self, request: Request, plan: Plan) -> None:
+        """Hand a request to its endpoint by a plan made for an equal head. Raises MlfuncsError when it is refused."""
+        endpoint = plan.endpoint
+        if endpoint.bucket is not None:
+            endpoint.rate_limit(request.arrived_s)
+        request.plan = plan
+        request.deadline_s = request.arrived_s + plan.timeout_s
+        name = plan.revision or endpoint.split.only or self._next_revision(endpoint)
+        endpoint.admit(request, endpoint.revision(name))
+
+    def _next_revision(self, endpoint: Endpoint) -> str:
+        try:
+            return endpoint.split.next()
+        except LookupError:
+            raise Unavailable(f"endpoint {endpoint.name!r} has no revision with traffic") from None
+
+    def _check_token(self, head: RequestHead, tokens: tuple[str, ...]) -> bool:
+        """Whether the caller's token is one of ours. Raises Unauthorized when it must be and is not."""
+        if tokens and not is_token_valid(head.authorization, tokens):
+            what = "a wrong token came with" if head.authorization else "no token came with"
+            raise Unauthorized(f"{what} the request: send 'Authorization: Bearer <token>'")
+        return bool(tokens)
 
     def _answer_preflight(self, request: Request, client: Client, endpoint: Endpoint) -> bool:
-        wanted = {name.lower(): value for name, value in request.headers if name.lower().startswith(b"access-control")}
+        headers = request.head.headers
+        wanted = {name.lower(): value for name, value in headers if name.lower().startswith(b"access-control")}
         method = wanted.get(b"access-control-request-method")
         if method is None:
             return False
         asked = wanted.get(b"access-control-request-headers", b"")
-        client.reply(request, 204, b"", preflight_headers(endpoint.route.access, request.origin, method, asked))
+        access = endpoint.route.access
+        client.reply(request, 204, b"", preflight_headers(access, request.head.origin, method, asked))
         return True
 
-    def _choose_revision(self, request: Request, endpoint: Endpoint) -> str:
+    def _choose_revision(self, head: RequestHead, endpoint: Endpoint, tagged: str) -> tuple[str, bytes]:
+        """(revision, header line that makes the caller stick to it); empty: the shares decide, request by request."""
         split, route = endpoint.split, endpoint.route
-        if split.only is not None:
-            return split.only
-        try:
-            if route.sticky_header:
-                name = route.sticky_header.lower().encode()
-                for key, value in request.headers:
-                    if key.lower() == name:
-                        return split.of(value)
-            if route.sticky_cookie:
-                return split.of(self._sticky_value(request, route.sticky_cookie, endpoint.name))
-            return split.next()
-        except LookupError:
-            raise Unavailable(f"endpoint {endpoint.name!r} has no revision with traffic") from None
-
-    def _sticky_value(self, request: Request, cookie: str, endpoint: str) -> bytes:
-        wanted = cookie.encode()
-        for pair in request.cookie.split(b";"):
+        if tagged or split.only is not None or not route.traffic:
+            return tagged, b""
+        if route.sticky_header:
+            name = route.sticky_header.lower().encode()
+            for key, value in head.headers:
+                if key.lower() == name:
+                    return split.of(value), b""
+        if not route.sticky_cookie:
+            return "", b""
+        wanted = route.sticky_cookie.encode()
+        for pair in head.cookie.split(b";"):
             name, _, value = pair.strip().partition(b"=")
             if name == wanted and value:
-                return value
+                return split.of(value), b""
         value = os.urandom(8).hex().encode()
-        given = (wanted, value, endpoint.encode())
-        request.extra += b"Set-Cookie: %s=%s; Path=/%s; HttpOnly; SameSite=Lax\r\n" % given
-        return value
+        given = (wanted, value, endpoint.name.encode())
+        return split.of(value), b"Set-Cookie: %s=%s; Path=/%s; HttpOnly; SameSite=Lax\r\n" % given
 
     # --- a request's life
 
     def began_waiting(self, request: Request) -> None:
         """Watch the request's deadline."""
-        self.busy.add(request)
         self.active[request] = None
         if request.deadline_s < self._next_sweep_s:
             self._schedule(request.deadline_s)
@@ -237,15 +258,15 @@ class Core:
 
     def ended(self, request: Request, now_s: float) -> None:
         """The request is over."""
-        self.busy.discard(request)
-        self.active.pop(request, None)
+        if not request.head_sent:
+            self.active.pop(request, None)
         if self.options.access_log and not request.is_copy:
             self._log_access(request, now_s - request.arrived_s)
 
     def fail(self, request: Request, error: MlfuncsError) -> None:
         """Answer an admitted request with a problem document."""
         request.status = error.status
-        request.endpoint.settle(request)
+        request.endpoint.settle(request, time.monotonic())
         status, body, extra = problem_of(error, request.request_id)
         request.caller.reply(request, status, body, extra)
 
@@ -286,8 +307,8 @@ class Core:
 
     def _log_access(self, request: Request, seconds: float) -> None:
         values = {
-            "method": request.method.decode("latin-1"),
-            "target": request.target.decode("latin-1"),
+            "method": request.head.method.decode("latin-1"),
+            "target": request.head.target.decode("latin-1"),
             "status": request.status,
             "duration_ms": round(seconds * 1000, 3),
             "endpoint": request.endpoint.name,

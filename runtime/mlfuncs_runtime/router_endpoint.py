@@ -30,12 +30,13 @@ _DOWN_S = (0.02, 1.0)  # first and longest pause after a worker's socket refused
 class ReplicaState:
     """One worker: requests in flight there, and idle connections to it."""
 
-    __slots__ = ("failures", "idle", "in_flight", "is_gone", "replica", "revision", "waiters")
+    __slots__ = ("failures", "idle", "in_flight", "is_gone", "replica", "revision", "shapes", "waiters")
 
     def __init__(self, replica: Replica, revision: RevisionState) -> None:
         self.replica, self.revision = replica, revision
         self.in_flight = self.failures = 0
         self.idle: list[Upstream] = []
+        self.shapes: dict[bytes, tuple[int, int]] = {}  # an answer's head without its id -> (status, body length)
         self.is_gone = False
         self.waiters: list[asyncio.Future[None]] = []
 
@@ -51,14 +52,12 @@ class ReplicaState:
         if upstream in self.idle:
             self.idle.remove(upstream)
 
-    def release(self) -> None:
-        """One request less."""
-        self.in_flight -= 1
-        if not self.in_flight and self.waiters:
-            for waiter in self.waiters:
-                if not waiter.done():
-                    waiter.set_result(None)
-            self.waiters.clear()
+    def tell_waiters(self) -> None:
+        """Nothing is in flight any more: go on, whoever waits for that."""
+        for waiter in self.waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+        self.waiters.clear()
 
     def remove(self) -> None:
         """The worker takes no new requests; those in flight finish."""
@@ -90,7 +89,8 @@ class Endpoint:
         self.queued = self.queued_bytes = 0
         self.rejected: dict[str, int] = {}
         self.retried = 0
-        self._bucket: TokenBucket | None = None
+        self.leaving: set[ReplicaState] = set()  # removed from the table with requests in flight
+        self.bucket: TokenBucket | None = None
         self.route = route
         self.mirror = Mirror(self, {})
         self.update(route)
@@ -99,9 +99,9 @@ class Endpoint:
 
     def update(self, route: Route) -> None:
         """Take a new route: new replicas are used at once, replicas that are gone finish what they have."""
-        if self._bucket is None or route.access != self.route.access:
+        if self.bucket is None or route.access != self.route.access:
             rate, burst = route.access.rate_per_s, route.access.burst
-            self._bucket = TokenBucket(rate, burst, time.monotonic()) if rate > 0 else None
+            self.bucket = TokenBucket(rate, burst, time.monotonic()) if rate > 0 else None
         self.route = route
         self.split = Split(route.traffic)
         self.mirror.update(route.mirror)
@@ -132,6 +132,8 @@ class Endpoint:
         if state in state.revision.replicas:
             state.revision.replicas.remove(state)
         state.remove()
+        if state.in_flight:
+            self.leaving.add(state)
 
     def _tidy(self, route: Route) -> None:
         """Requests that wait for a revision without traffic go where the traffic goes; empty revisions end."""
@@ -155,7 +157,7 @@ class Endpoint:
         request.revision.meter.leave(now_s)
         request.revision = chosen
         chosen.meter.enter(now_s)
-        self.submit(request)
+        self.submit(request, now_s)
 
     def close(self) -> None:
         """The endpoint is deleted: what waits is told so, what is in flight finishes."""
@@ -169,7 +171,7 @@ class Endpoint:
 
     def rate_limit(self, now_s: float) -> None:
         """Raise Overloaded when the endpoint's token bucket is empty."""
-        if self._bucket is not None and (wait_s := self._bucket.take(now_s)):
+        if self.bucket is not None and (wait_s := self.bucket.take(now_s)):
             self.reject("rate")
             rate = self.route.access.rate_per_s
             raise Overloaded(f"endpoint {self.name!r} takes {rate:g} requests per second; try again later", wait_s)
@@ -178,17 +180,18 @@ class Endpoint:
         """Count a request that was turned away."""
         self.rejected[reason] = self.rejected.get(reason, 0) + 1
 
-    def admit(self, request: Request, revision: str) -> None:
+    def admit(self, request: Request, revision: RevisionState) -> None:
         """Take a request in. Its body is waited for when it is short, so that a slow sender holds no replica."""
-        request.endpoint, request.revision = self, self.revision(revision)
-        request.revision.meter.enter(request.arrived_s)
+        request.endpoint, request.revision = self, revision
+        revision.meter.enter(request.arrived_s)
         self.core.began_waiting(request)
-        if not request.complete and not request.chunked and 0 < request.length <= self.core.short_body:
+        head = request.head
+        if not request.complete and not head.chunked and 0 < head.length <= self.core.short_body:
             request.waits_for_body = True
             return
-        self.submit(request)
+        self.submit(request, request.arrived_s)
 
-    def submit(self, request: Request) -> None:
+    def submit(self, request: Request, now_s: float) -> None:
         """Send a request to a replica, or let it wait for one; turned away when too much waits."""
         request.waits_for_body = False
         revision = request.revision
@@ -200,7 +203,7 @@ class Endpoint:
         if replica is None:
             self._enqueue(request)
         else:
-            self._assign(request, replica)
+            self._assign(request, replica, now_s)
 
     def _enqueue(self, request: Request) -> None:
         limits, revision = self.route.limits, request.revision
@@ -241,13 +244,13 @@ class Endpoint:
                 return
             request = next(iter(revision.queue))
             self._unqueue(request)
-            self._assign(request, replica)
+            self._assign(request, replica, time.monotonic())
 
-    def _assign(self, request: Request, replica: ReplicaState) -> None:
+    def _assign(self, request: Request, replica: ReplicaState, now_s: float) -> None:
         replica.in_flight += 1
         request.replica = replica
         if replica.idle:
-            replica.idle.pop().send(request)
+            replica.idle.pop().send(request, now_s)
         else:
             self.core.spawn(self._connect(request, replica))
 
@@ -262,7 +265,7 @@ class Endpoint:
         if request.done or request.replica is not replica:
             replica.park(upstream)
         else:
-            upstream.send(request)
+            upstream.send(request, time.monotonic())
 
     def _unreachable(self, request: Request, replica: ReplicaState, exc: OSError) -> None:
         """A worker's socket refused: rest it for a moment; the request was never sent, so it goes elsewhere."""
@@ -284,12 +287,13 @@ class Endpoint:
     def _again(self, request: Request) -> None:
         replica, request.replica = request.replica, None
         if replica is not None:
-            replica.release()
+            replica.in_flight -= 1
+            self._left(replica)
         self.retried += 1
         others = [other for other in request.revision.replicas if other is not replica]
         chosen = choose_replica(others, self.route.limits.concurrency, random)
         if chosen is not None:
-            self._assign(request, chosen)
+            self._assign(request, chosen, time.monotonic())
             return
         self._enqueue(request)
         if request.queued:
@@ -300,7 +304,7 @@ class Endpoint:
         if again and request.attempts < _ATTEMPTS:
             self._again(request)
         elif request.head_sent:
-            self.settle(request)
+            self.settle(request, time.monotonic())
             request.caller.aborted(request)
         else:
             self.core.fail(request, _BadGateway(f"{reason}; the request may have been carried out"))
@@ -311,7 +315,7 @@ class Endpoint:
         detail = f"endpoint {self.name!r}: {request.deadline_s - request.arrived_s:g} s were over, waiting {waited}"
         self.core.fail(request, DeadlineExceeded(detail))
 
-    def settle(self, request: Request) -> None:
+    def settle(self, request: Request, now_s: float) -> None:
         """A request is over, however: free its place, and count it."""
         if request.done:
             return
@@ -321,16 +325,22 @@ class Endpoint:
         upstream, request.upstream = request.upstream, None
         if upstream is not None:
             upstream.drop()
-        now_s = time.monotonic()
         revision = request.revision
         revision.meter.leave(now_s)
         revision.counts.count(request.status, now_s - request.arrived_s)
         self.core.ended(request, now_s)
         replica, request.replica = request.replica, None
         if replica is not None:
-            replica.release()
+            replica.in_flight -= 1
+            if replica.is_gone or replica.waiters:
+                self._left(replica)
             if replica.revision.queue:
                 self.pump(replica.revision)
+
+    def _left(self, replica: ReplicaState) -> None:
+        if not replica.in_flight:
+            self.leaving.discard(replica)
+            replica.tell_waiters()
 
     def in_flight(self) -> Mapping[str, int]:
         """Requests in flight by replica id."""

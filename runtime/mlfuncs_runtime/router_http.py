@@ -39,7 +39,7 @@ class BadRequest(Exception):
 
 
 class RequestHead:
-    """What one request's head says, with the header lines that are sent on in `lines`."""
+    """What one request's head says, with the header lines that are sent on in `lines`. Never changed once made."""
 
     __slots__ = (
         "authorization",
@@ -47,6 +47,7 @@ class RequestHead:
         "cookie",
         "expects",
         "headers",
+        "keep_alive",
         "length",
         "lines",
         "method",
@@ -59,7 +60,9 @@ class RequestHead:
         "websocket",
     )
 
-    def __init__(self, method: bytes, target: bytes, version: str, headers: Sequence[tuple[bytes, bytes]]) -> None:
+    def __init__(
+        self, method: bytes, target: bytes, version: str, headers: Sequence[tuple[bytes, bytes]], keep_alive: bool
+    ) -> None:
         if version == "1.1":
             self.minor = 1
         elif version == "1.0":
@@ -70,7 +73,7 @@ class RequestHead:
             raise BadRequest(
                 f"the request target {target[:80].decode('latin-1')!r} must be a path that starts with '/'"
             )
-        self.method, self.target, self.headers = method, target, headers
+        self.method, self.target, self.headers, self.keep_alive = method, target, headers, keep_alive
         self.length = 0
         self.chunked = self.expects = self.websocket = False
         self.request_id = self.traceparent = self.authorization = self.cookie = self.origin = b""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -44,21 +43,19 @@ class Mirror:
         endpoint = self._endpoint
         revision = endpoint.revision(name)
         chosen = choose_replica(revision.replicas, endpoint.route.limits.concurrency, endpoint.core.random)
-        fits = request.complete and request.size <= COPY_BYTES and not request.websocket
+        fits = request.complete and request.size <= COPY_BYTES and not request.head.websocket
         if chosen is None or revision.queue or not fits or self.under_way >= COPIES:
             self.dropped += 1
             return
         self.under_way += 1
         self.sent += 1
-        copy = Request(request.method, request.target, f"1.{request.minor}", request.headers, keep_alive=True)
+        copy = Request(request.head, Nobody(self))
+        copy.plan, copy.is_copy = request.plan, True
         copy.request_id, copy.traceparent = request.request_id, request.traceparent
-        copy.authorization, copy.path = request.authorization, request.path
-        copy.lines = [*request.lines, b"X-Mlfuncs-Mirror", b": ", b"1", b"\r\n"]
         copy.body, copy.size, copy.complete = list(request.body), request.size, True
         copy.arrived_s = time.monotonic()
-        copy.deadline_s = copy.arrived_s + min(endpoint.route.limits.timeout_s, request.timeout_s)
-        copy.timeout_s, copy.is_copy, copy.caller = math.inf, True, Nobody(self)
-        endpoint.admit(copy, name)
+        copy.deadline_s = copy.arrived_s + endpoint.route.limits.timeout_s
+        endpoint.admit(copy, revision)
 
 
 class Nobody:
@@ -75,11 +72,11 @@ class Nobody:
     def write(self, data: bytes) -> None:
         """Forget a part of the answer."""
 
-    def finished(self, request: Request, *, close: bool) -> None:
+    def finished(self, request: Request, now_s: float, *, close: bool = False) -> None:
         """The copy is over."""
         self._mirror.under_way -= 1
 
-    def reply(self, request: Request, status: int, body: bytes, extra: bytes = b"", *, close: bool = False) -> None:
+    def reply(self, request: Request, status: int, body: bytes, extra: bytes = b"") -> None:
         """The router answered in the worker's place: the copy is over."""
         self._mirror.under_way -= 1
 

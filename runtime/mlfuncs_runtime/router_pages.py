@@ -67,13 +67,13 @@ def answer_page(client: Client, request: Request, path: bytes) -> None:
         known = [known.decode() for known in (*PAGES, METRICS)]
         status, body, extra = problem_of(NotFound("page", path.decode("latin-1")[:100], known), request.request_id)
         client.reply(request, status, body, extra)
-    elif request.method not in _GET:
-        client.reply_with(request, 405, b"", _JSON, b"Allow: GET, HEAD\r\n")
+    elif request.head.method not in _GET:
+        client.reply(request, 405, b"", b"Allow: GET, HEAD\r\n", _JSON)
     elif page is not None:
-        client.reply_with(request, 200, json.dumps(page(client.core)).encode(), _JSON)
+        client.reply(request, 200, json.dumps(page(client.core)).encode(), content_type=_JSON)
     else:
         client.core.spawn(_answer_metrics(client, request))
 
 
 async def _answer_metrics(client: Client, request: Request) -> None:
-    client.reply_with(request, 200, await gather(client.core), CONTENT_TYPE)
+    client.reply(request, 200, await gather(client.core), content_type=CONTENT_TYPE)

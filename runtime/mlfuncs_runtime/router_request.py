@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from mlfuncs_runtime.router_http import CRLF, RequestHead
@@ -14,6 +13,7 @@ if TYPE_CHECKING:
 
 IDEMPOTENT = frozenset((b"GET", b"HEAD", b"PUT", b"DELETE", b"OPTIONS", b"TRACE"))  # RFC 9110, 9.2.2
 REPLAY_BYTES = 32_768  # a body up to this is kept until its answer begins, so that it can be sent elsewhere
+_WITH_LENGTH = (b"POST", b"PUT", b"PATCH")  # their length is sent also when it is 0: RFC 9110, 8.6
 _WAITED_S = 0.001  # a wait above this is taken off the time that the worker is told
 
 
@@ -24,13 +24,13 @@ class Caller(Protocol):
     def keeps_alive(self) -> bool:
         """Whether another request may follow this one."""
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes) -> object:
         """Send bytes of the answer on."""
 
-    def finished(self, request: Request, *, close: bool) -> None:
+    def finished(self, request: Request, now_s: float, *, close: bool = False) -> None:
         """The answer is complete; with `close` no further request can be read after it."""
 
-    def reply(self, request: Request, status: int, body: bytes, extra: bytes = b"", *, close: bool = False) -> None:
+    def reply(self, request: Request, status: int, body: bytes, extra: bytes = b"") -> None:
         """Send a whole problem document in the worker's place, and finish."""
 
     def aborted(self, request: Request) -> None:
@@ -43,83 +43,83 @@ class Caller(Protocol):
         """From now on bytes pass both ways as they are."""
 
 
-class Request(RequestHead):
-    """A request head with its body so far and its place in the router. `status` is 0 until an answer is known."""
+class Plan:
+    """What is the same for all requests with one head: where they go, and the bytes that are sent there.
 
-    __slots__ = (
-        "arrived_s",
-        "attempts",
-        "body",
-        "caller",
-        "complete",
-        "deadline_s",
-        "done",
-        "endpoint",
-        "extra",
-        "head_sent",
-        "is_copy",
-        "keep_alive",
-        "path",
-        "prefix",
-        "queued",
-        "replayable",
-        "replica",
-        "revision",
-        "size",
-        "status",
-        "upstream",
-        "waits_for_body",
-    )
+    `revision` is empty when the traffic's shares decide. `extra` is header lines that the answer gets. A plan holds
+    for one table of routes; `is_lasting` says whether it may be used again for an equal head.
+    """
 
-    def __init__(
-        self, method: bytes, target: bytes, version: str, headers: Sequence[tuple[bytes, bytes]], keep_alive: bool
-    ) -> None:
-        super().__init__(method, target, version, headers)
-        self.keep_alive = keep_alive
-        self.body: list[bytes] = []
-        self.size = 0
-        self.complete = self.done = self.queued = self.head_sent = self.waits_for_body = self.is_copy = False
-        self.replayable = True
-        self.attempts = self.status = 0
-        self.extra = self.path = self.prefix = b""
-        self.arrived_s, self.deadline_s = 0.0, math.inf
-        self.caller: Caller
-        self.endpoint: Endpoint
-        self.revision: RevisionState
-        self.replica: ReplicaState | None = None
-        self.upstream: Upstream | None = None
+    __slots__ = ("_first", "_last", "endpoint", "extra", "head", "is_lasting", "path", "revision", "timeout_s")
+
+    def __init__(self, head: RequestHead, endpoint: Endpoint, revision: str, path: bytes, authorization: bytes) -> None:
+        self.head, self.endpoint, self.revision, self.path = head, endpoint, revision, path
+        self.extra = b""
+        self.timeout_s = min(endpoint.route.limits.timeout_s, head.timeout_s)
+        lines = [head.method, b" ", path, b" HTTP/1.1\r\n", *head.lines]
+        rest = ((b"Cookie: ", head.cookie), (b"Origin: ", head.origin), (b"Authorization: ", authorization))
+        for name, value in rest:
+            if value:
+                lines += (name, value, CRLF)
+        self._first = b"".join((*lines, b"X-Request-Id: "))
+        sized = head.length or head.method in _WITH_LENGTH
+        self._last = b"\r\nContent-Length: %d\r\n\r\n" % head.length if sized else b"\r\n\r\n"
+        given = head.request_id or head.traceparent or head.chunked or head.websocket or head.expects
+        self.is_lasting = not given and head.keep_alive and head.minor == 1
+
+    def opening(self, request: Request, now_s: float) -> bytes:
+        """The bytes that begin a request at a worker: its head, and the body as far as it is here."""
+        last, body = self._last, request.body
+        if self.head.timeout_s < math.inf or now_s - request.arrived_s > _WAITED_S:
+            last = b"\r\nX-Mlfuncs-Timeout-Ms: %d%s" % (max(1, (request.deadline_s - now_s) * 1000), last)
+        if self.head.websocket:
+            last = b"\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+        elif self.head.chunked:
+            if request.complete:
+                last = b"%s\r\nContent-Length: %d\r\n\r\n" % (last[:-4], request.size)
+            else:
+                last = b"%s\r\nTransfer-Encoding: chunked\r\n\r\n" % last[:-4]
+                body = [chunk(piece) for piece in body]
+        whole = body[0] if len(body) == 1 else b"".join(body)
+        return b"%s%s\r\ntraceparent: %s%s%s" % (self._first, request.request_id, request.traceparent, last, whole)
+
+
+class Request:
+    """A request with its body so far and its place in the router. `status` is 0 until an answer is known."""
+
+    # Defaults are the class's: most requests change few of them, and making one is on the fast path.
+    size = attempts = status = 0
+    complete = done = queued = head_sent = waits_for_body = is_copy = False
+    replayable = True
+    deadline_s = math.inf
+    extra = b""
+    replica: ReplicaState | None = None
+    upstream: Upstream | None = None
+    plan: Plan | None = None
+    endpoint: Endpoint
+    revision: RevisionState
+    body: list[bytes]
+    arrived_s: float
+    request_id: bytes
+    traceparent: bytes
+
+    def __init__(self, head: RequestHead, caller: Caller) -> None:
+        self.head = head
+        self.caller = caller
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the worker's bytes are this request's answer as they are."""
+        return self.complete and not self.extra and self.plan is not None and self.plan.is_lasting
 
     def opening(self, now_s: float) -> bytes:
-        """The bytes that begin this request at a worker: its head, and the body as far as it is here."""
-        lines = self.lines
-        parts = [self.method, b" ", self.path, b" HTTP/1.1\r\n", *lines]
-        parts += (b"X-Request-Id: ", self.request_id, b"\r\ntraceparent: ", self.traceparent, CRLF)
-        if self.cookie:
-            parts += (b"Cookie: ", self.cookie, CRLF)
-        if self.origin:
-            parts += (b"Origin: ", self.origin, CRLF)
-        if self.authorization:
-            parts += (b"Authorization: ", self.authorization, CRLF)
-        if self.timeout_s < math.inf or now_s - self.arrived_s > _WAITED_S:
-            parts.append(b"X-Mlfuncs-Timeout-Ms: %d\r\n" % max(1, (self.deadline_s - now_s) * 1000))
-        if self.websocket:
-            parts.append(b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
-            return b"".join(parts)
-        if self.complete:
-            if self.size or self.length or self.method in (b"POST", b"PUT", b"PATCH"):
-                parts.append(b"Content-Length: %d\r\n" % self.size)
-            parts.append(CRLF)
-            parts += self.body
-        elif self.chunked:
-            parts.append(b"Transfer-Encoding: chunked\r\n\r\n")
-            parts += [chunk(piece) for piece in self.body]
-        else:
-            parts.append(b"Content-Length: %d\r\n\r\n" % self.length)
-            parts += self.body
+        """The bytes that begin this request at a worker; a body that is too long to keep is let go."""
+        assert self.plan is not None
+        data = self.plan.opening(self, now_s)
         if not self.complete or self.size > REPLAY_BYTES:
             self.replayable = False
-            self.body.clear()
-        return b"".join(parts)
+            self.body = []
+        return data
 
 
 def chunk(data: bytes) -> bytes:
