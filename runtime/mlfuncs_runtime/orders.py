@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 import mlfuncs
 from mlfuncs.errors import InvalidInput, NotFound
 from mlfuncs_runtime.overview import endpoint_overview
-from mlfuncs_runtime.plan import judge
+from mlfuncs_runtime.plan import EndpointPlan, judge
 
 if TYPE_CHECKING:
     from mlfuncs_runtime.supervisor import Supervisor
 
 LOG_LINES = 20  # shown with a failure
 _MOST_WAIT_S = 30.0
+_POKE_S = 5.0  # then the change comes into force later, e.g. once the router is back
 
 
 class Orders:
@@ -58,10 +59,14 @@ class Orders:
         }
 
     async def _poke(self, order: dict[str, Any]) -> dict[str, Any]:
-        self._supervisor.take_secrets({str(k): str(v) for k, v in (order.get("secrets") or {}).items()})
-        await self._supervisor.refresh()
-        self._supervisor.wake()
-        return await self._ping(order)
+        """Read the registry; the answer comes when the router knows what changed."""
+        supervisor = self._supervisor
+        supervisor.take_secrets({str(k): str(v) for k, v in (order.get("secrets") or {}).items()})
+        await supervisor.refresh()
+        supervisor.wake()
+        wanted = supervisor.passes_begun + 1
+        answer = await self._ping(order)
+        return await self._until(lambda: answer, lambda _: supervisor.passes_done >= wanted, {"timeout_s": _POKE_S})
 
     async def _wake(self, order: dict[str, Any]) -> dict[str, Any]:
         """The router has a request for an endpoint that has no worker."""
@@ -79,17 +84,14 @@ class Orders:
         return {
             "supervisor": await self._ping(order),
             "router": {"url": supervisor.router.url, "pid": supervisor.router.pid},
-            "endpoints": [
-                endpoint_overview(
-                    plan,
-                    supervisor.books,
-                    supervisor.wished,
-                    supervisor.scaler.load_of(plan.name),
-                    supervisor.router.url,
-                )
-                for plan in sorted(wanted, key=lambda plan: plan.name)
-            ],
+            "endpoints": [self._overview(plan) for plan in sorted(wanted, key=lambda plan: plan.name)],
         }
+
+    def _overview(self, plan: EndpointPlan) -> dict[str, Any]:
+        supervisor = self._supervisor
+        values = endpoint_overview(plan, supervisor.books, supervisor.wished, time.monotonic())
+        load = {**supervisor.scaler.load_of(plan.name), **values["load"]}
+        return {**values, "load": load, "url": f"{supervisor.router.url}/{plan.name}"}
 
     async def _wait(self, order: dict[str, Any]) -> dict[str, Any]:
         """How a rollout stands, as soon as that differs from `message`, at the latest after `timeout_s`."""
@@ -105,6 +107,8 @@ class Orders:
             outcome = desired.outcomes.get(name) or {}
             if outcome.get("id") != rollout:
                 return {"state": "replaced", "message": "another change of the endpoint's traffic came in between"}
+            if self._supervisor.passes_done < self._supervisor.settled.get(rollout, 1):
+                return {"state": "pending", "message": "the traffic moves"}  # the router does not know yet
             return {"state": outcome["state"], "message": outcome["message"]}
 
         answer = await self._until(

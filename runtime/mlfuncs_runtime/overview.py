@@ -11,25 +11,23 @@ from mlfuncs_runtime.plan import EndpointPlan, judge
 from mlfuncs_runtime.reconcile import Failures, Key, Phase
 
 _BROKEN = 2  # failures in a row from which on an endpoint is called failing
+_RECENT_S = 60.0  # how long it is told
 
 
-def endpoint_overview(
-    plan: EndpointPlan, books: Books, wished: Mapping[Key, int], load: Mapping[str, Any], url: str
-) -> dict[str, Any]:
-    """One endpoint as in `mlfuncs.targets.EndpointStatus.to_dict`."""
+def endpoint_overview(plan: EndpointPlan, books: Books, wished: Mapping[Key, int], now_s: float) -> dict[str, Any]:
+    """One endpoint as in `mlfuncs.targets.EndpointStatus.to_dict`, its load and URL left to who knows them."""
     records = [r for r in books.replicas.values() if r.seen.endpoint == plan.name]
-    state, message = judge_state(plan, books, wished)
+    state, message = judge_state(plan, books, wished, now_s)
     return {
         "name": plan.name,
         "project": plan.project,
-        "url": f"{url}/{plan.name}",
         "revision": serving_revision(plan.traffic, next(reversed(list(plan.revisions)), "")),
         "state": state,
         "message": message,
         "traffic": dict(plan.traffic),
         "replicas": [replica_overview(record) for record in _in_order(records)],
         "revisions": list(plan.revisions),
-        "load": {**load, "desired": sum(wished.get((plan.name, r), 0) for r in plan.traffic)},
+        "load": {"desired": sum(wished.get((plan.name, r), 0) for r in plan.traffic)},
     }
 
 
@@ -39,7 +37,7 @@ def replica_overview(record: ReplicaRecord) -> dict[str, Any]:
     return {"id": record.seen.id, "revision": record.seen.revision, "pid": record.pid, "state": str(phase)}
 
 
-def judge_state(plan: EndpointPlan, books: Books, wished: Mapping[Key, int]) -> tuple[str, str]:
+def judge_state(plan: EndpointPlan, books: Books, wished: Mapping[Key, int], now_s: float) -> tuple[str, str]:
     """The endpoint's state in one word, and what to say about it."""
     observed = books.observe()
     verdict = judge(plan, observed)
@@ -50,12 +48,13 @@ def judge_state(plan: EndpointPlan, books: Books, wished: Mapping[Key, int]) -> 
     worst = max(failures, key=lambda failure: failure.count)
     ready = sum(observed.ready((plan.name, revision)) for revision in plan.traffic)
     wish = sum(wished.get((plan.name, revision), 0) for revision in plan.traffic)
-    trouble = f"{worst.reason} ({worst.count} times in a row)" if worst.count >= _BROKEN else ""
-    if trouble and ready < wish:
-        return ("ready" if ready else "failing"), trouble
+    is_trouble = worst.count >= _BROKEN and now_s - worst.last_s < _RECENT_S
+    message = f"{worst.reason} ({worst.count} times in a row)" if is_trouble else under_way
     if ready:
-        return "ready", under_way
-    return ("starting" if wish else "idle"), under_way
+        return "ready", message
+    if is_trouble and wish:
+        return "failing", message
+    return ("starting" if wish else "idle"), message
 
 
 def _in_order(records: Iterable[ReplicaRecord]) -> list[ReplicaRecord]:

@@ -61,6 +61,8 @@ class Supervisor:
         self.wished: dict[Key, int] = {}
         self.stopping = asyncio.Event()
         self.passed = asyncio.Condition()  # notified after every pass, for those who wait for a state
+        self.passes_begun = self.passes_done = 0
+        self.settled: dict[str, int] = {}  # rollout -> the pass that tells the router of its end
         self._due = asyncio.Event()
         self._finishing: set[str] = set()
         self._seen_rollouts: set[str] = set()
@@ -128,6 +130,8 @@ class Supervisor:
 
     async def _pass(self) -> None:
         """Bring what runs nearer to what is wished, and tell the router."""
+        self.passes_begun += 1
+        number = self.passes_begun
         plans = list(self.desired.plans.values())
         for plan in plans:
             self._judge(plan)
@@ -142,6 +146,7 @@ class Supervisor:
         self.books.extra = {**self.books.extra, "scaled": self.scaler.to_dict()}
         self.books.save()
         self._purge()
+        self.passes_done = number
         async with self.passed:
             self.passed.notify_all()
 
@@ -169,8 +174,10 @@ class Supervisor:
                 await asyncio.sleep(TICK_S)
             finally:
                 self._finishing.discard(rollout.id)
+                self.settled[rollout.id] = self.passes_begun + 1
                 self.wake()
 
+        self.settled[rollout.id] = sys.maxsize  # not before the registry has it
         self._background(finish())
 
     def _purge(self) -> None:
@@ -319,7 +326,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         places = make_places(settings)
         hold_lock(places)
     except MlfuncsError as exc:
-        _tell(options.ready_fd, exc)
+        _tell(options.ready_fd, exc, already_runs=isinstance(exc, Conflict))
         log.error("%s", exc)
         return EXIT_ALREADY_RUNS if isinstance(exc, Conflict) else 1
     try:
@@ -339,11 +346,13 @@ async def _live(settings: Settings, places: Places, ready_fd: int) -> None:
     await supervisor.run(lambda: _tell(ready_fd, None))
 
 
-def _tell(ready_fd: int, error: MlfuncsError | None) -> None:
+def _tell(ready_fd: int, error: MlfuncsError | None, already_runs: bool = False) -> None:
     """Tell who started us how it went, once."""
     if ready_fd < 0:
         return
-    answer = {} if error is None else {"error": error.title, "message": str(error)}
+    answer: dict[str, Any] = {}
+    if error is not None:
+        answer = {"error": error.title, "message": str(error), "already_runs": already_runs}
     with contextlib.suppress(OSError):
         os.write(ready_fd, json.dumps(answer).encode() + b"\n")
         os.close(ready_fd)
