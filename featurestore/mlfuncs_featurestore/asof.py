@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mlfuncs_featurestore import asof_kernels as kernels
+from mlfuncs_featurestore.arrays import int64s
 from mlfuncs_featurestore.definitions import FeatureView
 from mlfuncs_featurestore.offline import DELETED, INGEST, DataFile, Snapshot, stored_schema
 from mlfuncs_featurestore.windows import FOREVER, Events, Moments, aggregate
@@ -118,7 +119,7 @@ class _Entities:
     def _numbers(self, place: int, column: pa.Array) -> np.ndarray:
         values = self._values[place]
         if values is None:
-            return _numpy(column)
+            return int64s(column)
         return pc.index_in(column, value_set=values).cast(pa.int64()).fill_null(-1).to_numpy(zero_copy_only=False)
 
 
@@ -200,9 +201,9 @@ class _History:
 
     def _times(self, rows: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         view = self.work.view
-        event = _numpy(rows[view.timestamp])
-        created = _numpy(rows[view.created_timestamp]) if view.created_timestamp else event
-        return event, created, _numpy(rows[INGEST])
+        event = int64s(rows[view.timestamp])
+        created = int64s(rows[view.created_timestamp]) if view.created_timestamp else event
+        return event, created, int64s(rows[INGEST])
 
 
 _EMPTY = np.empty(0, np.int64)
@@ -253,12 +254,6 @@ def replaced_at(versions: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray],
     same = (ids[before] == ids[after]) & (codes[before] == codes[after]) & (codes[before] >= 0)
     until[before[same]] = created[after[same]] if timed else -FOREVER
     return until
-
-
-def _numpy(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
-    """A column of whole numbers or times without nulls as int64."""
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    return array.cast(pa.int64()).to_numpy(zero_copy_only=False)
 
 
 def bucket_files(snapshot: Snapshot) -> Mapping[int, tuple[DataFile, ...]]:

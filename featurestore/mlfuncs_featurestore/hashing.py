@@ -38,29 +38,21 @@ def hash_array(array: pa.Array) -> np.ndarray:
     """The hashes of an array's values as uint64; nulls have hash 0. Floats are hashed by their bits, -0.0 as 0.0."""
     import numpy as np
     import pyarrow as pa
-    import pyarrow.compute as pc
 
     from mlfuncs_featurestore import hash_kernels
+    from mlfuncs_featurestore.arrays import float64s, for_kernel, int64s, validity
 
-    t = pa.types
-    valid = None if array.null_count == 0 else array.is_valid().to_numpy(zero_copy_only=False)
-    if t.is_string(array.type) or t.is_binary(array.type):
+    if pa.types.is_string(array.type) or pa.types.is_binary(array.type):
         _, offsets, data = array.buffers()
         starts = np.frombuffer(offsets, np.int32)[array.offset : array.offset + len(array) + 1].astype(np.int64)
         payload = np.frombuffer(data, np.uint8) if data is not None and data.size else np.zeros(1, np.uint8)
-        hashes = hash_kernels.hash_spans(starts, payload)
+        hashes = hash_kernels.hash_spans(starts, for_kernel(payload))
+    elif pa.types.is_floating(array.type):
+        hashes = hash_kernels.hash_ints((float64s(array) + 0.0).view(np.int64))
     else:
-        if t.is_floating(array.type):
-            floats = array.cast(pa.float64()).fill_null(0.0).to_numpy(zero_copy_only=False) + 0.0
-            numbers = floats.view(np.int64)
-        elif t.is_boolean(array.type):
-            numbers = array.cast(pa.int8()).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
-        else:
-            whole = array.cast(pa.int32()).cast(pa.int64()) if t.is_date32(array.type) else pc.cast(array, pa.int64())
-            numbers = whole.fill_null(0).to_numpy(zero_copy_only=False)
-        hashes = hash_kernels.hash_ints(np.ascontiguousarray(numbers))
-    if valid is not None:
-        hashes[~valid] = 0
+        hashes = hash_kernels.hash_ints(int64s(array))
+    if array.null_count:
+        hashes[validity(array) == 0] = 0
     return hashes
 
 

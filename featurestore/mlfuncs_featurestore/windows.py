@@ -36,6 +36,7 @@ import pyarrow.compute as pc
 
 from mlfuncs.errors import InvalidInput
 from mlfuncs_featurestore import window_kernels as kernels
+from mlfuncs_featurestore.arrays import float64s, int64s, validity
 from mlfuncs_featurestore.declarations import AggregateFeature
 from mlfuncs_featurestore.hashing import hash_array
 
@@ -131,26 +132,17 @@ class _Column:
 
     @cached_property
     def valid(self) -> np.ndarray:
-        if self.array.null_count == 0:
-            return np.ones(len(self.array), np.uint8)
-        return self.array.is_valid().to_numpy(zero_copy_only=False).astype(np.uint8)
+        return validity(self.array)
 
     @cached_property
     def ints(self) -> np.ndarray:
         """Integers, booleans, times and dates as int64; nulls are 0."""
-        kind = self.array.type
-        narrow = self.array.cast(pa.int32()) if pa.types.is_date32(kind) else self.array
-        narrow = narrow.cast(pa.int8()) if pa.types.is_boolean(kind) else narrow
-        return np.ascontiguousarray(narrow.cast(pa.int64()).fill_null(0).to_numpy(zero_copy_only=False))
+        return int64s(self.array)
 
     @cached_property
     def bits(self) -> np.ndarray:
         """The float64 values' bits as int64; nulls are 0."""
-        if self.is_int:
-            return self.ints.astype(np.float64).view(np.int64)
-        floats = self.array.cast(pa.float64())
-        filled = floats.fill_null(0.0) if floats.null_count else floats
-        return np.ascontiguousarray(filled.to_numpy(zero_copy_only=False)).view(np.int64)
+        return (self.ints.astype(np.float64) if self.is_int else float64s(self.array)).view(np.int64)
 
     def prefixes(self, events: Events) -> tuple[np.ndarray, Any]:
         """The bits to add up (zeros where only counting is defined) and their running sums; made once."""
