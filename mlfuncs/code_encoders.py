@@ -9,7 +9,8 @@ import types
 from typing import TYPE_CHECKING, Any
 
 from mlfuncs.decorator import Function
-from mlfuncs.source import EMPTY, cell_value, is_by_value, is_single_dispatch, resolved_hints, used_globals
+from mlfuncs.hints import EMPTY, cell_value, known_hints
+from mlfuncs.source import is_by_value, is_single_dispatch, used_globals
 
 if TYPE_CHECKING:
     from mlfuncs.closure import Walker
@@ -50,7 +51,7 @@ def _encode_function(out: Walker, function: types.FunctionType) -> None:
         out.emit("function", function.__qualname__)
         out.encode(function.__code__)
         out.encode_attributes(_defaults(function), "the default of")
-        out.encode_attributes(resolved_hints(function), "the hint of")
+        out.encode_attributes(known_hints(function), "the hint of")
         cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
         out.encode_attributes({n: v for n, c in cells if (v := cell_value(c)) is not EMPTY}, "the closure variable")
         used = used_globals(function)
@@ -74,7 +75,7 @@ def _encode_class(out: Walker, cls: type) -> None:
         out.emit("class", cls.__qualname__)
         out.encode(type(cls))
         out.encode(cls.__bases__)
-        out.encode(tuple(resolved_hints(cls).items()))
+        out.encode(tuple(known_hints(cls).items()))
         members = getattr(cls, "__members__", None)
         if isinstance(members, types.MappingProxyType):
             out.encode(tuple((name, member.value) for name, member in members.items()))

@@ -22,6 +22,7 @@ from mlfuncs.errors import SignatureError
 # names of types local to a function, seen when the function inside was decorated
 _SURROUNDINGS: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
 _MAX_FRAMES = 32  # how far up the stack a decorator's caller is looked for
+_UNKNOWN = (NameError, TypeError, AttributeError, SyntaxError, ValueError, KeyError, IndexError)
 
 
 def callable_of(target: Any) -> Callable[..., Any]:
@@ -77,10 +78,32 @@ def resolved_hints(target: Any) -> dict[str, Any]:
     return hints
 
 
-def _resolve(name: str, note: Any, namespace: Mapping[str, Any]) -> Any:
-    holder = types.SimpleNamespace(__annotations__={name: note})
+def known_hints(owner: Any) -> dict[str, Any]:
+    """The own annotations of a function or class, text turned into the types it names where it can be.
+
+    For shipping code by value: what names nothing here stays the text that it is.
+    """
+    notes = inspect.get_annotations(owner)
+    if not notes:
+        return {}
+    names, local = _class_namespace(owner) if isinstance(owner, type) else (_namespace(owner), {})
+    hints: dict[str, Any] = {}
+    for name, note in notes.items():
+        try:
+            hints[name] = None if note is None else _evaluate(name, note, names, local)
+        except _UNKNOWN:
+            hints[name] = note
+    return hints
+
+
+def _evaluate(name: str, note: Any, names: dict[str, Any], local: dict[str, Any] | None = None) -> Any:
+    holder = type("Hints", (), {"__annotations__": {name: note}})
+    return typing.get_type_hints(holder, names, local, include_extras=True)[name]
+
+
+def _resolve(name: str, note: Any, namespace: dict[str, Any]) -> Any:
     try:
-        return typing.get_type_hints(holder, dict(namespace), include_extras=True)[name]
+        return _evaluate(name, note, namespace)
     except NameError as exc:
         raise SignatureError(
             f"the annotation {note!r} of {name!r} names {exc.name!r}, which is not defined when the function runs; "
@@ -102,14 +125,45 @@ def _innermost(function: Any) -> Any:
 def _namespace(function: Any) -> dict[str, Any]:
     names = dict(getattr(function, "__globals__", {}))
     code = getattr(function, "__code__", None)
-    for name, cell in zip(getattr(code, "co_freevars", ()), getattr(function, "__closure__", None) or (), strict=False):
-        try:
-            names[name] = cell.cell_contents
-        except ValueError:  # the enclosing function has not bound the name yet
-            continue
+    cells = zip(getattr(code, "co_freevars", ()), getattr(function, "__closure__", None) or (), strict=False)
+    names.update({name: value for name, cell in cells if (value := cell_value(cell)) is not EMPTY})
     with contextlib.suppress(TypeError):  # a builtin that cannot be referenced weakly has no surroundings
         names.update(_SURROUNDINGS.get(function, {}))
     return names
+
+
+def _class_namespace(owner: type) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The global and local names in which the annotations of a class's body are written."""
+    names: Mapping[str, Any] = getattr(sys.modules.get(owner.__module__), "__dict__", {})
+    local: dict[str, Any] = {owner.__name__: owner}
+    for method in own_methods(owner):
+        names = method.__globals__
+        pairs = zip(method.__code__.co_freevars, method.__closure__ or (), strict=True)
+        local |= {name: v for name, cell in pairs if name != "__class__" and (v := cell_value(cell)) is not EMPTY}
+    return dict(names), local
+
+
+def own_methods(owner: type) -> list[types.FunctionType]:
+    """The functions written in a class's body, not the ones that a library generated into it."""
+    functions = [getattr(value, "__func__", value) for value in vars(owner).values()]
+    return [
+        function
+        for function in functions
+        if isinstance(function, types.FunctionType)
+        and function.__globals__.get("__name__") == owner.__module__
+        and not function.__code__.co_filename.startswith("<string>")
+    ]
+
+
+EMPTY = object()
+
+
+def cell_value(cell: types.CellType) -> Any:
+    """What a closure cell holds, or EMPTY."""
+    try:
+        return cell.cell_contents
+    except ValueError:  # the enclosing function has not bound the name yet
+        return EMPTY
 
 
 def _names_in(text: str) -> set[str]:

@@ -22,7 +22,8 @@ import cloudpickle
 from mlfuncs.closure import init_context_of
 from mlfuncs.decorator import Function
 from mlfuncs.errors import BundleError
-from mlfuncs.source import is_by_value, is_single_dispatch, resolved_hints
+from mlfuncs.hints import known_hints
+from mlfuncs.source import is_by_value, is_single_dispatch
 from mlfuncs.spec import FunctionSpec
 
 _registering = threading.RLock()  # cloudpickle's list of by-value modules belongs to the whole process
@@ -110,17 +111,17 @@ class CodePickler(cloudpickle.Pickler):
         self.globals_ref.setdefault(id(names), facts)
         reduced = super().reducer_override(function)
         if isinstance(reduced, tuple):
-            reduced[2][1]["__annotations__"] = resolved_hints(function)
+            reduced[2][1]["__annotations__"] = known_hints(function)
         return reduced
 
     def _reduce_class(self, cls: type) -> Any:
         if typing.is_typeddict(cls) and is_by_value(cls, self.by_value):
-            return _make_typed_dict, (cls.__name__, resolved_hints(cls), cls.__total__, cls.__module__)  # type: ignore[attr-defined]
+            return _make_typed_dict, (cls.__name__, known_hints(cls), cls.__total__, cls.__module__)  # type: ignore[attr-defined]
         reduced = super().reducer_override(cls)
         if not isinstance(reduced, tuple) or len(reduced) < 3:
             return reduced
         attributes = reduced[2][0]
-        hints = resolved_hints(cls)
+        hints = known_hints(cls)
         if hints:
             attributes["__annotations__"] = hints
         fields = attributes.get("__dataclass_fields__")

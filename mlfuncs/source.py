@@ -1,4 +1,4 @@
-"""What a callable's code says about itself: the names, imports, hints and source text that it uses.
+"""What a callable's code says about itself: the names, imports and source text that it uses.
 
 Facts only: what to pack by value is decided in closure.py, and the user's own modules are found in siblings.py.
 """
@@ -15,17 +15,15 @@ import site
 import sys
 import sysconfig
 import types
-import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlfuncs.hints import own_methods
+
 OWN_PACKAGES = frozenset({"mlfuncs", "mlfuncs_runtime", "mlfuncs_pipelines", "mlfuncs_featurestore"})
 _GLOBAL_OPS = frozenset({"LOAD_GLOBAL", "STORE_GLOBAL", "DELETE_GLOBAL", "LOAD_NAME"})
-_HINT_ERRORS = (NameError, TypeError, AttributeError, SyntaxError, ValueError, KeyError, IndexError)
-
-
 # a module's own facts, which differ between a script and its import; `__file__` counts when the code reads it
 _MODULE_FACTS = frozenset({"__name__", "__doc__", "__package__", "__loader__", "__spec__", "__path__", "__builtins__"})
 
@@ -94,70 +92,6 @@ def absolute_imports(name: str, wanted: tuple[str, ...], level: int, package: st
         base = package.rsplit(".", level - 1)[0] if level > 1 else package
         name = f"{base}.{name}".strip(".") if name else base
     return {name} | {f"{name}.{item}" for item in wanted if item != "*"} if name else set()
-
-
-def resolved_hints(owner: Any) -> dict[str, Any]:
-    """The annotations of a function or class with text turned into the types it names, where it can be.
-
-    Each hint is resolved alone: one that names something that does not exist here stays text.
-    """
-    own = inspect.get_annotations(owner)
-    if not own:
-        return {}
-    names, local = hint_namespace(owner)
-    resolved = {}
-    for key, hint in own.items():
-        holder = type("Hints", (), {"__annotations__": {key: hint}})
-        try:
-            resolved[key] = typing.get_type_hints(holder, names, local, include_extras=True)[key]
-        except _HINT_ERRORS:
-            resolved[key] = hint
-        if hint is None:
-            resolved[key] = None
-    return resolved
-
-
-def hint_namespace(owner: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The global and local names in which the annotations of a function or class are written."""
-    if isinstance(owner, type):
-        module = sys.modules.get(owner.__module__)
-        names: Mapping[str, Any] = getattr(module, "__dict__", {})
-        local = {owner.__name__: owner}
-        for method in own_methods(owner):
-            names = method.__globals__
-            local |= _cells(method)
-        return dict(names), local
-    from mlfuncs.hints import _namespace  # with the types local to a function that its decorator saw
-
-    return _namespace(owner), {}
-
-
-def own_methods(owner: type) -> list[types.FunctionType]:
-    """The functions written in a class's body, not the ones that a library generated into it."""
-    functions = [getattr(value, "__func__", value) for value in vars(owner).values()]
-    return [
-        function
-        for function in functions
-        if isinstance(function, types.FunctionType)
-        and function.__globals__.get("__name__") == owner.__module__
-        and not function.__code__.co_filename.startswith("<string>")
-    ]
-
-
-def _cells(function: types.FunctionType) -> dict[str, Any]:
-    pairs = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-    return {name: value for name, cell in pairs if name != "__class__" and (value := cell_value(cell)) is not EMPTY}
-
-
-EMPTY = object()
-
-
-def cell_value(cell: types.CellType) -> Any:
-    """What a closure cell holds, or EMPTY."""
-    try:
-        return cell.cell_contents
-    except ValueError:
-        return EMPTY
 
 
 @functools.cache

@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 
 from mlfuncs.closure import digest_of, walk_closure
 from mlfuncs.errors import BundleError
+from mlfuncs.hints import known_hints
 from mlfuncs.siblings import collect_siblings
-from mlfuncs.source import absolute_imports, code_names, git_commit, resolved_hints, snippet_of
+from mlfuncs.source import absolute_imports, code_names, git_commit, snippet_of
 
 SHOW = "\nimport sys\nfrom mlfuncs.closure import walk_closure\nsys.stdout.write(walk_closure({name}).digest)\n"
 
@@ -381,7 +382,7 @@ def test_sibling_modules_are_followed_through_packages_and_cycles(tmp_path: Path
 def test_hints_that_name_nothing_stay_text() -> None:
     names: dict[str, object] = {"__name__": "made_up"}
     exec("from __future__ import annotations\ndef f(x: Missing, y: int) -> list[str]: ...", names)
-    assert resolved_hints(names["f"]) == {"x": "Missing", "y": int, "return": list[str]}
+    assert known_hints(names["f"]) == {"x": "Missing", "y": int, "return": list[str]}
 
 
 def test_the_source_of_a_class_and_a_function_is_theirs_alone() -> None:
