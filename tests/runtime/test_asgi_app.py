@@ -90,6 +90,13 @@ def test_bad_input_is_a_422_that_names_the_fields() -> None:
     assert answer.headers["content-type"] == "application/problem+json"
 
 
+FORM = "application/x-www-form-urlencoded"
+
+
+def test_a_caller_that_names_no_type_is_understood_unless_it_is_another_sites_page() -> None:
+    assert ask(add, {"x": 1}, headers={"content-type": FORM}).status == 200
+
+
 @pytest.mark.parametrize(
     ("kwargs", "status", "header"),
     [
@@ -97,7 +104,7 @@ def test_bad_input_is_a_422_that_names_the_fields() -> None:
         ({"method": "POST", "path": "/docs"}, 405, ("allow", "GET, HEAD")),
         ({"path": "/dcos", "method": "GET"}, 404, None),
         ({"headers": {"content-type": "text/csv"}}, 415, ("accept", "application/json")),
-        ({"headers": {"content-type": "application/x-www-form-urlencoded"}}, 415, None),
+        ({"headers": {"content-type": FORM, "origin": "https://elsewhere.example"}}, 415, None),
     ],
 )
 def test_refuses_what_http_does_not_allow_here(kwargs: Any, status: int, header: Any) -> None:
