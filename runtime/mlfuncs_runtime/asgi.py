@@ -53,6 +53,7 @@ class WorkerApp:
         self._routes: dict[str, tuple[str, Route]] = {
             "/-/ready": ("GET", self._get_ready),
             "/-/live": ("GET", self._get_live),
+            "/-/healthz": ("GET", self._get_live),  # the platform's name for it, which clusters and images ask for
             "/-/metrics": ("GET", self._get_metrics),
         }
         if handler.kind == "nuclio":

@@ -13,8 +13,9 @@ import threading
 import time
 from asyncio import events
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping
 from queue import Empty, SimpleQueue
+from types import CoroutineType
 from typing import Any, Protocol
 
 from mlfuncs.errors import DeadlineExceeded, MlfuncsError, Overloaded
@@ -51,14 +52,50 @@ class AsyncCalls:
         raise RuntimeError("an async handler does not run inline")
 
     async def run(self, call: Callable[[], Awaitable[Any]], context: RequestContext) -> Any:
-        """Await the call's coroutine; it is cancelled at the deadline."""
+        """Await the call's coroutine; it is cancelled at the deadline.
+
+        A coroutine that ends at its first step, as most quick handlers do, costs no timer.
+        """
+        coroutine = call()
+        if not isinstance(coroutine, CoroutineType):
+            rest = coroutine
+        else:
+            try:
+                rest = _Rest(coroutine, coroutine.send(None))
+            except StopIteration as done:
+                return done.value
         try:
-            async with asyncio.timeout(context.remaining_s()) as scope:
-                return await call()
+            async with asyncio.timeout(max(0.0, context.remaining_s())) as scope:
+                return await rest
         except TimeoutError as exc:
             if scope.expired():
                 raise too_late() from exc
             raise
+
+
+class _Rest:
+    """A coroutine after its first step, which gave `waiting`; awaiting it goes on as a plain await would."""
+
+    __slots__ = ("_coroutine", "_waiting")
+
+    def __init__(self, coroutine: CoroutineType[Any, Any, Any], waiting: Any) -> None:
+        self._coroutine, self._waiting = coroutine, waiting
+
+    def __await__(self) -> Generator[Any, Any, Any]:
+        coroutine, waiting = self._coroutine, self._waiting
+        while True:
+            try:
+                try:
+                    sent = yield waiting
+                except GeneratorExit:
+                    coroutine.close()
+                    raise
+                except BaseException as exc:  # noqa: BLE001 - thrown on into the coroutine
+                    waiting = coroutine.throw(exc)
+                else:
+                    waiting = coroutine.send(sent)
+            except StopIteration as done:
+                return done.value
 
 
 class _Job:

@@ -95,7 +95,7 @@ class Guard:
 
     def _stand_in_answer(self, head: list[bytes], blocked: bool) -> bytes:
         path = head[1] if len(head) > 1 else b""
-        if path == b"/-/live" or (path == b"/-/ready" and not blocked and not self._app.unready_reason()):
+        if path in (b"/-/live", b"/-/healthz") or (path == b"/-/ready" and not blocked and not self._app.unready_reason()):
             return _plain(b"200 OK", b"application/json", b'{"busy":true}')
         problem = {
             "type": "about:blank",

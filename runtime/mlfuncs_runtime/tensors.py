@@ -108,17 +108,19 @@ def _read_tensor(item: Any, raw: memoryview) -> tuple[str, np.ndarray, int]:
 
 def _from_json(name: str, datatype: str, shape: Sequence[int], data: Any) -> np.ndarray:
     np = numpy()
-    flat = list(_flatten(data)) if isinstance(data, list) else [data]
+    if not isinstance(data, list):
+        data = [data]
+    flat = list(_flatten(data)) if any(isinstance(value, list) for value in data) else data
     if len(flat) != math.prod(shape):
         raise _wrong(name, f"{len(flat)} values came for shape {list(shape)}")
     if datatype == "BYTES":
         if not all(isinstance(value, str) for value in flat):
             raise _wrong(name, "BYTES in JSON are strings; send other bytes as binary data")
         return _objects([value.encode() for value in flat]).reshape(shape)
-    wanted = bool if datatype == "BOOL" else int if "INT" in datatype else (int, float)
-    for value in flat:
-        if not isinstance(value, wanted) or (isinstance(value, bool) and datatype != "BOOL"):
-            raise _wrong(name, f"{value!r} is not {datatype}")
+    allowed = {bool} if datatype == "BOOL" else {int} if "INT" in datatype else {int, float}
+    if not set(map(type, flat)) <= allowed:
+        odd = next(value for value in flat if type(value) not in allowed)
+        raise _wrong(name, f"{odd!r} is not {datatype}")
     try:
         return np.array(flat, dtype=DTYPES[datatype]).reshape(shape)
     except OverflowError as exc:
