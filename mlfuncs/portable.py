@@ -36,7 +36,9 @@ class PortablePickler(CodePickler):
         if isinstance(obj, type | types.FunctionType | Function):
             module = getattr(obj, "__module__", None)
             if module not in _SCRIPT and is_users(module) and not is_by_value(obj, _SCRIPT):
-                return _import_or_build, (module, obj.__qualname__, _definition(obj))
+                definition = _definition(obj)
+                if definition is not None:
+                    return _import_or_build, (module, obj.__qualname__, definition)
         return super().reducer_override(obj)
 
 
@@ -55,11 +57,17 @@ def users_modules(names: Iterable[str]) -> frozenset[str]:
     return frozenset(name for name in names if is_users(name))
 
 
-def _definition(obj: Any) -> bytes:
-    """A class or function by value, with all it uses of the user's modules."""
+def _definition(obj: Any) -> bytes | None:
+    """A class or function by value, with all it uses of the user's modules; None when that cannot be pickled.
+
+    A module that keeps a lock or a connection in a global, say: its classes go by name alone then.
+    """
     buffer = io.BytesIO()
-    with CodePickler(buffer, _SCRIPT | users_modules(list(sys.modules))) as pickler:
-        pickler.dump(obj)
+    try:
+        with CodePickler(buffer, _SCRIPT | users_modules(list(sys.modules))) as pickler:
+            pickler.dump(obj)
+    except (pickle.PicklingError, TypeError, AttributeError, ValueError, RecursionError, NotImplementedError):
+        return None
     return buffer.getvalue()
 
 

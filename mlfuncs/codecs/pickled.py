@@ -65,7 +65,7 @@ def describe_estimator(value: Any) -> dict[str, Any]:
 
 
 class PickleCodec:
-    """Any object, by cloudpickle. `kind` "model" is for estimators."""
+    """Any object, by cloudpickle, classes of the user's own files included. `kind` "model" is for estimators."""
 
     signed = True
 
@@ -73,10 +73,10 @@ class PickleCodec:
         self.kind = kind
 
     def encode(self, value: Any, sink: BinaryIO) -> dict[str, Any]:
-        import cloudpickle
+        from mlfuncs.portable import dump_portable
 
         try:
-            cloudpickle.dump(value, sink, protocol=5)
+            dump_portable(value, sink)
         except (pickle.PicklingError, TypeError, AttributeError, RecursionError, NotImplementedError) as exc:
             raise NotEncodable(f"a {type(value).__qualname__} that cannot be pickled ({exc})") from exc
         return describe_estimator(value) if self.kind == "model" else {}

@@ -56,6 +56,50 @@ def test_values_are_read_with_and_without_the_users_files(tmp_path: Path) -> Non
     assert run(READ, author, file) == "18 3 5 Base True\n"
 
 
+FIT = """
+import threading
+import mlfuncs as ml
+LOCK = threading.Lock()
+class Net:
+    def fit(self, x): return self
+    def get_params(self, deep=True): return {}
+    def predict(self, x): return x + 1
+class Locked(Net):
+    def predict(self, x):
+        with LOCK: return x + 2
+def fit() -> Net:
+    return Net()
+if __name__ == "__main__":
+    from mlfuncs.artifacts import ArtifactStore
+    import json, shop_fit
+    store = ArtifactStore.open(ml.read_settings())
+    refs = [ml.run(fit).outputs["output"].ref, ml.run(shop_fit.fit).outputs["output"].ref, store.put(shop_fit.Locked())]
+    print(json.dumps([ref.to_dict() for ref in refs]))
+"""
+LOAD = """
+import json, sys
+import mlfuncs as ml
+from mlfuncs.artifacts import ArtifactRef, ArtifactStore
+store = ArtifactStore.open(ml.read_settings())
+for ref in json.loads(open(sys.argv[1]).read()):
+    try:
+        print(store.get(ArtifactRef.from_dict(ref)).predict(1), end=" ")
+    except ml.MlfuncsError as exc:
+        print(exc)
+"""
+
+
+def test_models_of_the_users_files_are_loaded_by_workers_that_have_not_the_files(tmp_path: Path) -> None:
+    author = tmp_path / "author"
+    author.mkdir()
+    (author / "shop_fit.py").write_text(FIT)
+    refs = tmp_path / "refs.json"
+    refs.write_text(run(FIT, author, refs))
+    assert run(LOAD, author, refs) == "2 2 3 "
+    away = run(LOAD, tmp_path / "elsewhere", refs)
+    assert away.startswith("2 2 the object needs code that is not installed here: No module named 'shop_fit'")
+
+
 def test_installed_classes_go_by_name_alone(tmp_path: Path) -> None:
     import io
     import pickle
