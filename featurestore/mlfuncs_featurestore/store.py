@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from mlfuncs_featurestore.history import HistoricalFeatures
     from mlfuncs_featurestore.ingest import IngestReport
     from mlfuncs_featurestore.offline import OfflineStore
+    from mlfuncs_featurestore.online import OnlineStore
+    from mlfuncs_featurestore.online_result import OnlineFeatures
     from mlfuncs_featurestore.plan import Plan
     from mlfuncs_featurestore.training import TrainingRecord
 
@@ -43,11 +45,11 @@ class FeatureStore:
         return OfflineStore(self.settings)
 
     @cached_property
-    def online(self) -> Any:
+    def online(self) -> OnlineStore:
         """The Redis side; `online.client` is the redis-py client."""
-        from mlfuncs_featurestore.online import open_online_store
+        from mlfuncs_featurestore.online import OnlineStore
 
-        return open_online_store(self.settings)
+        return OnlineStore(self)
 
     def apply(self, definitions: Definition | Iterable[Definition], *, dry_run: bool = False) -> Plan:
         """Record `definitions` and return the plan of what changed; applying the same again changes nothing.
@@ -55,7 +57,10 @@ class FeatureStore:
         Raises Conflict, with nothing recorded, for a change that would corrupt what is stored: a narrowed type, other
         keys, a removed field that is not deprecated.
         """
-        return self.catalog.apply(definitions, dry_run=dry_run)
+        plan = self.catalog.apply(definitions, dry_run=dry_run)
+        if "online" in self.__dict__:
+            self.online.forget_plans()
+        return plan
 
     def ingest(self, view: str, rows: Any = None, **options: Any) -> IngestReport:
         """Append rows to the view's offline table in one atomic commit; see `ingest.ingest` for the options.
@@ -96,7 +101,7 @@ class FeatureStore:
         features: str | Sequence[Any],
         entities: Mapping[str, Sequence[Any]] | Sequence[Mapping[str, Any]],
         **options: Any,
-    ) -> Any:
+    ) -> OnlineFeatures:
         """The latest values for `entities` (columns of keys, or rows of them); see `online.get_online_features`."""
         from mlfuncs_featurestore.online import get_online_features
 

@@ -1,0 +1,242 @@
+"""Online features as they were read: decoded when asked for, as numpy, Arrow, pandas or dict.
+
+Owns: OnlineFeatures. Absent, null, expired and zero stay four different things: `statuses` has PRESENT, NULL, NOT_FOUND
+or EXPIRED for every cell, and only PRESENT cells have a value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mlfuncs.errors import InvalidInput
+from mlfuncs_featurestore.online_plan import LATEST, OnlinePlan, ViewRead
+from mlfuncs_featurestore.rows import ABSENT, PRESENT
+from mlfuncs_featurestore.rows import NULL as NULL_STATE
+
+if TYPE_CHECKING:
+    import pandas
+    import pyarrow as pa
+
+    from mlfuncs_featurestore.store import FeatureStore
+
+STATUSES = ("PRESENT", "NULL", "NOT_FOUND", "EXPIRED")
+_PRESENT, _NULL, _NOT_FOUND, _EXPIRED = range(4)
+_EXACT = 2**53
+
+
+class OnlineFeatures:
+    """One row per entity asked for, in that order, duplicates kept.
+
+    `names` are the feature columns, `entities` the columns that were given, `at_us` the moment of reading
+    (microseconds UTC), `fell_back` whether Redis was away and the fallback values are here instead.
+    """
+
+    def __init__(
+        self,
+        store: FeatureStore,
+        plan: OnlinePlan,
+        entities: Mapping[str, Any],
+        rows: list[bytes | None],
+        at_us: int,
+        fallback: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.entities, self.at_us, self.fell_back = entities, at_us, fallback is not None
+        self._store, self._plan, self._rows, self._fallback = store, plan, rows, fallback
+
+    @property
+    def names(self) -> list[str]:
+        """The feature columns, in the order asked."""
+        return [self._plan.names[pair] for pair in self._plan.selection.wanted]
+
+    @property
+    def references(self) -> dict[str, str]:
+        """Of each feature column, the reference it was asked by ("view:feature")."""
+        return {self._plan.names[pair]: ":".join(pair) for pair in self._plan.selection.wanted}
+
+    def __len__(self) -> int:
+        return self._size
+
+    @cached_property
+    def _size(self) -> int:
+        return len(next(iter(self.entities.values()))) if self.entities else 0
+
+    def to_numpy(self) -> np.ndarray:
+        """The features as one array, shape (entities, features), of their common number type; missing floats are NaN.
+
+        Raises InvalidInput when a feature is no number, or when a missing cell or an integer beyond 2**53 beside
+        floats has no place in the array: take `to_arrow` then.
+        """
+        only = self._plan.only
+        if only is not None and only.matrix is not None and not self.fell_back:
+            ttl = only.view.ttl_us
+            values = only.matrix.read(self._rows, None if ttl is None else self.at_us - ttl)
+            if values is not None:
+                return values
+        return _as_matrix(self.to_arrow().select(self.names))
+
+    def to_arrow(self) -> pa.Table:
+        """The entity columns that were given, then the features with their exact types; not PRESENT is null."""
+        import pyarrow as pa
+
+        from mlfuncs_featurestore.tables import as_table
+
+        given = {name: column for name, column in self.entities.items() if name not in self._columns}
+        table = as_table(given) if given else pa.table({})
+        for name, array in self._columns.items():
+            table = table.append_column(name, array)
+        return table
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """As a frame, with the same types as `get_historical_features` gives."""
+        import pandas as pd
+
+        from mlfuncs_featurestore.history import pandas_column
+
+        index = pd.RangeIndex(self._size)
+        frame = pd.DataFrame({name: list(column) for name, column in self.entities.items()}, index=index)
+        for name, array in self._columns.items():
+            frame[name] = pandas_column(array, index)
+        return frame
+
+    def to_dict(self) -> dict[str, list[Any]]:
+        """Each column as a list of Python values; not PRESENT is None."""
+        given = {name: _listed(column) for name, column in self.entities.items()}
+        return given | {name: array.to_pylist() for name, array in self._columns.items()}
+
+    @property
+    def statuses(self) -> dict[str, list[str]]:
+        """PRESENT, NULL, NOT_FOUND or EXPIRED per feature and row."""
+        return {name: [STATUSES[code] for code in codes] for name, codes in self._decoded[1].items()}
+
+    @property
+    def event_us(self) -> dict[str, np.ndarray]:
+        """Event time of the value per feature and row, microseconds UTC; 0 where there is none."""
+        return self._decoded[2]
+
+    @property
+    def _columns(self) -> dict[str, pa.Array]:
+        return self._decoded[0]
+
+    @cached_property
+    def _decoded(self) -> tuple[dict[str, pa.Array], dict[str, np.ndarray], dict[str, np.ndarray]]:
+        if self._fallback is not None:
+            return self._fall_back(self._fallback)
+        arrays: dict[tuple[str, str], pa.Array] = {}
+        codes: dict[tuple[str, str], np.ndarray] = {}
+        times: dict[tuple[str, str], np.ndarray] = {}
+        for place, (name, read) in enumerate(self._plan.reads.items()):
+            rows = self._rows[place * self._size : (place + 1) * self._size]
+            for feature, (array, code, event_us) in _decode(read, rows, self.at_us).items():
+                arrays[name, feature], codes[name, feature], times[name, feature] = array, code, event_us
+        self._add_on_demand(arrays, codes, times)
+        names = self._plan.names
+        wanted = self._plan.selection.wanted
+        return (
+            {names[pair]: arrays[pair] for pair in wanted},
+            {names[pair]: codes[pair] for pair in wanted},
+            {names[pair]: times[pair] for pair in wanted},
+        )
+
+    def _add_on_demand(self, arrays: dict[Any, Any], codes: dict[Any, Any], times: dict[Any, Any]) -> None:
+        if not self._plan.on_demand:
+            return
+        from mlfuncs_featurestore.derived import evaluate
+        from mlfuncs_featurestore.references import split_reference
+        from mlfuncs_featurestore.tables import as_table, cast_column
+
+        for name, view in self._plan.on_demand.items():
+            inputs = {feature: arrays[source, feature] for source, feature in map(split_reference, view.sources)}
+            if view.request:
+                given = as_table({column: _listed(self.entities[column]) for column in view.request})
+                inputs |= {column: cast_column(column, given[column], kind) for column, kind in view.request.items()}
+            for feature, array in evaluate(view, self._store.online.code(view), inputs).items():
+                missing = array.is_null().to_numpy(zero_copy_only=False)
+                arrays[name, feature] = array
+                codes[name, feature] = np.where(missing, _NULL, _PRESENT).astype(np.uint8)
+                times[name, feature] = np.full(len(array), self.at_us, np.int64)
+
+    def _fall_back(self, fallback: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        import pyarrow as pa
+
+        from mlfuncs_featurestore.tables import cast_column
+
+        arrays, size = {}, self._size
+        for pair, kind in self._plan.selection.types().items():
+            name = self._plan.names[pair]
+            value = fallback.get(name, fallback.get(":".join(pair)))
+            given = pa.array([value] * size)
+            arrays[name] = pa.nulls(size, kind.arrow) if value is None else cast_column(name, given, kind)
+        codes = {name: np.full(size, _NOT_FOUND, np.uint8) for name in arrays}
+        return arrays, codes, {name: np.zeros(size, np.int64) for name in arrays}
+
+    def __repr__(self) -> str:
+        return f"<online features {', '.join(self.names)} of {self._size} entities>"
+
+
+def _decode(
+    read: ViewRead, rows: Sequence[bytes | None], at_us: int
+) -> dict[str, tuple[pa.Array, np.ndarray, np.ndarray]]:
+    """Per feature of the view: values, status codes, event times."""
+    from mlfuncs_featurestore.online_rows import to_arrow
+
+    if read.form != LATEST:
+        from mlfuncs_featurestore.stream_windows import EntityEvents
+
+        found = EntityEvents(read.view, read.codec, rows).evaluate(read.features, at_us)
+        return {
+            name: (array, _with_nulls(found.status, array), np.where(found.status == _NOT_FOUND, 0, found.event_us))
+            for name, array in found.columns.items()
+        }
+    columns = read.codec.decode_columns(rows, read.features)
+    expired = np.zeros(len(rows), bool)
+    if read.view.ttl_us is not None:
+        expired = columns.found & (columns.event_us < at_us - read.view.ttl_us)
+    event_us = np.where(columns.found, columns.event_us, 0)
+    result = {}
+    for name in read.features:
+        state = np.where(expired, ABSENT, columns.states[name])
+        array = to_arrow(read.view.fields[name], columns.values[name], state)
+        # a field that the row was written without (the field is newer than the row) reads as offline: null
+        code = np.where(state == PRESENT, _PRESENT, np.where(state == NULL_STATE, _NULL, _NOT_FOUND))
+        code = np.where(columns.found & (state == ABSENT), _NULL, code)
+        result[name] = (array, np.where(expired, _EXPIRED, code).astype(np.uint8), event_us)
+    return result
+
+
+def _with_nulls(status: np.ndarray, array: pa.Array) -> np.ndarray:
+    missing = array.is_null().to_numpy(zero_copy_only=False)
+    return np.where((status == _PRESENT) & missing, _NULL, status).astype(np.uint8)
+
+
+def _listed(column: Any) -> list[Any]:
+    return column.tolist() if hasattr(column, "tolist") else list(column)
+
+
+def _as_matrix(table: pa.Table) -> np.ndarray:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    columns = [table[name].combine_chunks() for name in table.column_names]
+    for name, array in zip(table.column_names, columns, strict=True):
+        kind = array.type
+        if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
+            raise InvalidInput(f"{name!r} is {kind}, which a number array cannot hold; take to_arrow() or to_dict()")
+    dtype = np.result_type(*(array.type.to_pandas_dtype() for array in columns))
+    result = np.empty((table.num_rows, len(columns)), dtype)
+    for place, (name, array) in enumerate(zip(table.column_names, columns, strict=True)):
+        if array.null_count and dtype.kind != "f":
+            raise InvalidInput(
+                f"{name!r} has missing values, which {dtype} cannot hold; take to_arrow() or to_pandas()"
+            )
+        if pa.types.is_int64(array.type) and dtype.kind == "f" and array.null_count < len(array):
+            extremes = pc.min_max(array)
+            if max(abs(extremes["min"].as_py()), abs(extremes["max"].as_py())) > _EXACT:
+                raise InvalidInput(f"{name!r} holds integers beyond 2**53, which {dtype} would round; take to_arrow()")
+        if pa.types.is_boolean(array.type):
+            array = array.cast(pa.int8())
+        result[:, place] = array.cast(pa.from_numpy_dtype(dtype), safe=False).to_numpy(zero_copy_only=False)
+    return result

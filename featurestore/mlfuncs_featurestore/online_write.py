@@ -1,0 +1,75 @@
+"""Rows into the online store: packed by column, sent in batches, newest wins.
+
+Owns: what `push`, `materialize` and `stream` have in common.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+
+from mlfuncs_featurestore.definitions import FeatureView
+from mlfuncs_featurestore.online_plan import LATEST, ViewRead
+from mlfuncs_featurestore.online_rows import entity_keys, newest_of_each, pack_table, read_stamps
+
+if TYPE_CHECKING:
+    from mlfuncs_featurestore.online import OnlineStore
+
+ROWS_AT_ONCE = 20_000  # rows packed before they are sent
+TRIES = 5  # of one compaction, against writers that append meanwhile
+
+
+def write_rows(online: OnlineStore, view: FeatureView, rows: pa.Table, now_us: int) -> int:
+    """Write conformed rows that carry `__ingest`; idempotent, in any order. Returns how many rows were sent."""
+    read = online.read_of(view, ())
+    sent = 0
+    for start in range(0, rows.num_rows, ROWS_AT_ONCE):
+        part = rows.slice(start, ROWS_AT_ONCE)
+        sent += _write_latest(online, read, part) if read.form == LATEST else _write_events(online, read, part, now_us)
+    return sent
+
+
+def _write_latest(online: OnlineStore, read: ViewRead, rows: pa.Table) -> int:
+    stamps, entities = read_stamps(read.view, rows), entity_keys(read.view, rows)
+    packed = pack_table(read.codec, rows, stamps)
+    newest = newest_of_each(entities, stamps)
+    if newest is not None:
+        entities, packed = [entities[place] for place in newest], [packed[place] for place in newest]
+    online.rows.write_newest(read.keys.of(entities), packed)
+    return len(entities)
+
+
+def _write_events(online: OnlineStore, read: ViewRead, rows: pa.Table, now_us: int) -> int:
+    from mlfuncs_featurestore.stream_windows import COMPACT_BYTES, new_header, to_record
+
+    stamps, entities = read_stamps(read.view, rows), entity_keys(read.view, rows)
+    records: dict[bytes, list[bytes]] = {}
+    for entity, row in zip(entities, pack_table(read.codec, rows, stamps), strict=True):
+        records.setdefault(entity, []).append(to_record(row))
+    keys = read.keys.of(list(records))
+    grown = online.rows.append(keys, [b"".join(mine) for mine in records.values()], new_header(), COMPACT_BYTES)
+    for key in grown:
+        compact_key(online, read, key, now_us)
+    return rows.num_rows
+
+
+def compact_key(online: OnlineStore, read: ViewRead, key: bytes, now_us: int) -> bool:
+    """Drop the events of one entity that no window reaches; False when others kept writing to it meanwhile."""
+    from mlfuncs_featurestore.stream_windows import EntityEvents
+
+    for _ in range(TRIES):
+        seen = online.rows.read([key])[0]
+        if seen is None:
+            return True
+        if online.rows.swap(key, seen, EntityEvents(read.view, read.codec, [seen]).compacted(0, now_us)):
+            return True
+    return False
+
+
+def number_rows(rows: pa.Table, first: int) -> pa.Table:
+    """`rows` with `__ingest` numbers counting from `first`."""
+    from mlfuncs_featurestore.offline import INGEST
+
+    return rows.append_column(INGEST, pa.array(np.arange(first, first + rows.num_rows, dtype=np.int64)))

@@ -1,0 +1,60 @@
+"""The Lua scripts that make online writes atomic.
+
+Owns: NEWEST (newest row wins), APPEND (events of one entity), SWAP (replace what was read). Little-endian layouts are
+those of `rows` and `stream_windows`. Lua numbers are doubles: 64-bit numbers are compared as doubles and, where these
+are equal, by halves, so no two stamps are taken for equal.
+"""
+
+from __future__ import annotations
+
+# The (event time, created time, sequence) at bytes 5..28 decide; an equal stamp is written again, so that the later
+# write of a correction at the same timestamp counts. Returns how many rows were written.
+NEWEST = """
+local unpack_number, call = struct.unpack, redis.call
+local function wins(new, old)
+  if string.sub(new, 5, 28) == string.sub(old, 5, 28) then return true end
+  for at = 5, 21, 8 do
+    local a, b = unpack_number('<i8', new, at), unpack_number('<i8', old, at)
+    if a ~= b then return a > b end
+    local low_a, high_a = unpack_number('<I4i4', new, at)
+    local low_b, high_b = unpack_number('<I4i4', old, at)
+    if high_a ~= high_b then return high_a > high_b end
+    if low_a ~= low_b then return low_a > low_b end
+  end
+  return true
+end
+local stored, put, n = call('MGET', unpack(KEYS)), {}, 0
+for i = 1, #KEYS do
+  local old = stored[i]
+  if not old or wins(ARGV[i], old) then
+    put[n + 1], put[n + 2] = KEYS[i], ARGV[i]
+    n = n + 2
+  end
+end
+if n > 0 then call('MSET', unpack(put)) end
+return n / 2
+"""
+
+# ARGV[1] is the header of a new value, ARGV[2] the size below which nothing is compacted; the rest are the records
+# to append. The size after the last compaction is the u32 at bytes 13..16. Returns the numbers of the keys that have
+# doubled since then.
+APPEND = """
+local call, header, least, grown = redis.call, ARGV[1], tonumber(ARGV[2]), {}
+for i = 1, #KEYS do
+  local size = call('APPEND', KEYS[i], ARGV[i + 2])
+  if size == #ARGV[i + 2] then
+    call('SET', KEYS[i], header .. ARGV[i + 2])
+  elseif size > least and size > 2 * struct.unpack('<I4', call('GETRANGE', KEYS[i], 12, 15)) then
+    grown[#grown + 1] = i
+  end
+end
+return grown
+"""
+
+# Replaces the value whose SHA-1 is ARGV[1] by ARGV[2]; 0 when it changed meanwhile.
+SWAP = """
+local old = redis.call('GET', KEYS[1])
+if not old or redis.sha1hex(old) ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[1], ARGV[2])
+return 1
+"""

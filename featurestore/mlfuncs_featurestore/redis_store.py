@@ -1,0 +1,117 @@
+"""The online store on Redis: packed rows by key, written atomically.
+
+Owns: RedisOnlineStore, the adapter of the port `OnlineStore` (see `online_port`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import redis
+
+from mlfuncs_featurestore.redis_client import RedisLink
+from mlfuncs_featurestore.redis_keys import group_of
+from mlfuncs_featurestore.redis_scripts import APPEND, NEWEST, SWAP
+
+BATCH = 1000  # keys of one script call: measured best; Lua's `unpack` allows 7,999
+IN_FLIGHT = 4  # script calls sent before the first answer is read: Redis works while Python packs
+_SHA = {script: hashlib.sha1(script.encode()).hexdigest() for script in (NEWEST, APPEND, SWAP)}
+
+
+class RedisOnlineStore:
+    """Packed rows in Redis. Every write may be repeated without changing the result."""
+
+    def __init__(self, link: RedisLink) -> None:
+        self.link = link
+
+    def read(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """The stored bytes at each key, None where there is nothing. One round trip (one per node on a cluster)."""
+        if not keys:
+            return []
+        if not self.link.is_cluster:
+            return self.link.call(b"MGET", *keys)  # type: ignore[no-any-return]
+
+        def spread() -> list[bytes | None]:
+            pipe = self.link.client.pipeline()
+            for key in keys:
+                pipe.get(key)
+            return list(pipe.execute())
+
+        return self.link.run(spread)
+
+    def write_newest(self, keys: Sequence[bytes], rows: Sequence[bytes]) -> int:
+        """Store each row unless a newer one is there; how many were stored. A key may come only once."""
+        return sum(self._scripted(NEWEST, keys, rows, ()))
+
+    def append(self, keys: Sequence[bytes], records: Sequence[bytes], header: bytes, least: int) -> list[bytes]:
+        """Append records to the values at `keys`; the keys whose value has grown enough to compact (see APPEND)."""
+        grown: list[bytes] = []
+        for batch, numbers in zip(
+            self._batches(keys), self._scripted(APPEND, keys, records, (header, str(least).encode())), strict=True
+        ):
+            grown += [keys[batch[number - 1]] for number in numbers]
+        return grown
+
+    def swap(self, key: bytes, seen: bytes, new: bytes) -> bool:
+        """Replace the value that was `seen` by `new`; False when another writer changed it."""
+        digest = hashlib.sha1(seen).hexdigest().encode()
+        return bool(self._scripted(SWAP, [key], [digest, new], (), together=True)[0])
+
+    def delete(self, keys: Sequence[bytes]) -> None:
+        """Remove what is at `keys`."""
+        for batch in self._batches(keys):
+            chosen = [keys[place] for place in batch]
+            self.link.run(lambda chosen=chosen: self.link.client.delete(*chosen))  # type: ignore[misc]
+
+    def _batches(self, keys: Sequence[bytes]) -> list[list[int]]:
+        """Places of the keys that go into one call: of one slot on a cluster."""
+        if not self.link.is_cluster:
+            return [list(range(start, min(start + BATCH, len(keys)))) for start in range(0, len(keys), BATCH)]
+        groups: dict[bytes, list[int]] = {}
+        for place, key in enumerate(keys):
+            groups.setdefault(group_of(key), []).append(place)
+        return [places[start : start + BATCH] for places in groups.values() for start in range(0, len(places), BATCH)]
+
+    def _scripted(
+        self,
+        script: str,
+        keys: Sequence[bytes],
+        values: Sequence[bytes],
+        first: tuple[bytes, ...],
+        together: bool = False,
+    ) -> list[Any]:
+        calls = []
+        for batch in self._batches(keys):
+            plain = len(keys) == len(batch)
+            mine = keys if plain else [keys[place] for place in batch]
+            theirs = values if plain or together else [values[place] for place in batch]
+            calls.append((b"EVALSHA", _SHA[script], len(mine), *mine, *first, *theirs))
+        if self.link.is_cluster:
+            return [self._on_cluster(script, call) for call in calls]
+        answers: list[Any] = []
+        for start in range(0, len(calls), IN_FLIGHT):
+            answers += self._on_server(script, calls[start : start + IN_FLIGHT])
+        return answers
+
+    def _on_server(self, script: str, calls: list[tuple[Any, ...]]) -> list[Any]:
+        answers = self.link.pipeline(calls)
+        if any(isinstance(answer, redis.exceptions.NoScriptError) for answer in answers):
+            self.link.call(b"SCRIPT", b"LOAD", script.encode())
+            answers = self.link.pipeline(calls)
+        for answer in answers:
+            if isinstance(answer, redis.RedisError):
+                raise self.link.fault(answer) from answer
+        return answers
+
+    def _on_cluster(self, script: str, call: tuple[Any, ...]) -> Any:
+        _, sha, count, *rest = call
+
+        def attempt() -> Any:
+            try:
+                return self.link.client.evalsha(sha, count, *rest)
+            except redis.exceptions.NoScriptError:
+                return self.link.client.eval(script, count, *rest)
+
+        return self.link.run(attempt)

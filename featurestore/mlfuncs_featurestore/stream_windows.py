@@ -1,0 +1,191 @@
+"""Windows online: one entity's events as bytes in Redis, evaluated at the moment of reading by the batch kernels.
+
+Owns: the event value, its evaluation, its compaction. Pure: the clock is an argument.
+
+An exact sliding window must know when each of its events leaves it, so the state of an entity is its events: those of
+the view's longest window (and, in views with an event_id, a few older ones, so that a deleted last event leaves its
+predecessor). Reading groups and orders them as the point-in-time join does and calls `windows.aggregate` at now: the
+same kernels on the same events give the same bits, at every event and in between. Late events, corrections and deletes
+are appended like any other; order of arrival does not count, and an event that arrives twice counts once.
+
+Bounds per entity: the events of the longest window, at most MAX_EVENTS, each as long as a packed row and 4 bytes; up to
+twice that between compactions, and COMPACT_BYTES before the first. Of an entity with more events only the newest
+MAX_EVENTS are kept, and a window that reaches back to a dropped one is NULL, never wrong.
+
+Layout: "MLW1", i64 horizon (event time of the newest event that was dropped though a window may reach it), u32 size
+after the last compaction, then per event u32 length and its packed row (`rows`).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mlfuncs.errors import InvalidInput
+from mlfuncs_featurestore import asof_kernels
+from mlfuncs_featurestore.asof import EXPIRED, NOT_FOUND, PRESENT, replaced_at
+from mlfuncs_featurestore.definitions import FeatureView
+from mlfuncs_featurestore.online_rows import to_arrow
+from mlfuncs_featurestore.rows import DELETED, HEADER, RowCodec
+from mlfuncs_featurestore.window_kernels import LAST, ends
+from mlfuncs_featurestore.windows import FOREVER, Events, Moments, aggregate
+
+MAGIC = b"MLW1"
+STATE = struct.Struct("<4sqI")
+NEVER = -(2**63)
+MAX_EVENTS = 100_000
+KEPT_BEFORE = 16  # older events kept in views with an event_id
+COMPACT_BYTES = 16_384
+_LENGTH = struct.Struct("<I")
+_ALWAYS = 2**62
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Per entity: status (PRESENT, NOT_FOUND, EXPIRED), event time of the last event, and each feature's column."""
+
+    status: np.ndarray
+    event_us: np.ndarray
+    columns: dict[str, pa.Array]
+
+
+def new_header(horizon: int = NEVER, size: int = 0) -> bytes:
+    """The head of a value, written once when an entity's first event arrives and at each compaction."""
+    return STATE.pack(MAGIC, horizon, size)
+
+
+def to_record(row: bytes) -> bytes:
+    """A packed row as a record to append."""
+    return _LENGTH.pack(len(row)) + row
+
+
+def read_value(value: bytes) -> tuple[int, list[bytes]]:
+    """The horizon and the packed rows of a stored value. Raises InvalidInput when it is cut short or of no known form."""
+    if value[:4] != MAGIC:
+        raise InvalidInput("a stored event value is not of a known form; materialize the view again")
+    horizon: int = STATE.unpack_from(value)[1]
+    rows, position, end = [], STATE.size, len(value)
+    while position < end:
+        (length,) = _LENGTH.unpack_from(value, position)
+        position += 4 + length
+        rows.append(value[position - length : position])
+    if position != end:
+        raise InvalidInput("a stored event value is cut short; materialize the view again")
+    return horizon, rows
+
+
+class EntityEvents:
+    """The events of several entities, one value each (None: no value), grouped and in event order."""
+
+    def __init__(self, view: FeatureView, codec: RowCodec, values: Sequence[bytes | None], aware: bool = True) -> None:
+        self.view, self.codec, self.count = view, codec, len(values)
+        parsed = [(NEVER, []) if value is None else read_value(value) for value in values]
+        self.horizon = np.array([horizon for horizon, _ in parsed], np.int64)
+        rows = [row for _, mine in parsed for row in mine]
+        ids = np.repeat(np.arange(self.count), [len(mine) for _, mine in parsed]).astype(np.int64)
+        head = np.frombuffer(b"".join([row[: HEADER.size] for row in rows]), np.dtype("<u4,<i8,<i8,<i8,u1"))
+        event, created, sequence = (np.ascontiguousarray(head[name]) for name in ("f1", "f2", "f3"))
+        order, _ = asof_kernels.group_events(ids, self.count, event, created, sequence)
+        order = _without_repeats(order, ids, event, created, sequence)
+        self.ids, self.event_us = ids[order], event[order]
+        self.created_us, self.sequence = created[order], sequence[order]
+        self.deleted = (head["f4"][order] & DELETED) != 0
+        self.rows = [rows[place] for place in order.tolist()]
+        self.starts = np.searchsorted(self.ids, np.arange(self.count + 1)).astype(np.int64)
+        self._aware = aware and bool(view.created_timestamp)
+
+    @cached_property
+    def grouped(self) -> Events:
+        """As the window kernels take them: when each event counts from and until (see `asof`)."""
+        known = np.maximum(self.event_us, self.created_us) if self._aware else self.event_us
+        until = np.full(len(self.rows), FOREVER)
+        if self.view.event_id:
+            versions = (self.ids, self._codes(), self.created_us, self.sequence)
+            until = replaced_at(versions, timed=self._aware)
+            known = np.where(self.deleted, FOREVER, known)
+        return Events(self.starts, self.event_us, known, until)
+
+    def _codes(self) -> np.ndarray:
+        """A number per event id; -1 where it is null."""
+        assert self.view.event_id is not None
+        array = self._column(self.view.event_id, with_deleted=True)
+        return array.dictionary_encode().indices.fill_null(-1).to_numpy(zero_copy_only=False)
+
+    def _column(self, name: str, with_deleted: bool = False) -> pa.Array:
+        rows: Sequence[bytes] = self.rows
+        if with_deleted:  # a delete says which event it means: read its row as if it were none
+            rows = [row[: HEADER.size - 1] + b"\0" + row[HEADER.size :] for row in rows]
+        columns = self.codec.decode_columns(rows, [name])
+        return to_arrow(self.view.fields[name], columns.values[name], columns.states[name])
+
+    def last(self, at_us: int) -> np.ndarray:
+        """Per entity, the place of the last event that counts at `at_us`, -1 without one."""
+        index = np.empty(self.count, np.int64)
+        events, everything = self.grouped, np.ones(len(self.rows), np.uint8)
+        base = (events.starts, events.event_us, events.known_us, events.until_us, everything)
+        moments = self._moments(at_us)
+        ends(*base, moments.starts, moments.at_us, _ALWAYS, LAST, index)
+        return index
+
+    def _moments(self, at_us: int) -> Moments:
+        return Moments(np.arange(self.count + 1, dtype=np.int64), np.full(self.count, at_us, np.int64))
+
+    def evaluate(self, features: Sequence[str], at_us: int) -> Evaluated:
+        """Stored and computed `features` of every entity as of `at_us`."""
+        view, last = self.view, self.last(at_us)
+        event_us = self.event_us[last] if len(self.rows) else np.zeros(self.count, np.int64)
+        status = np.where(last < 0, NOT_FOUND, PRESENT).astype(np.uint8)
+        if view.ttl_us is not None:
+            status[(last >= 0) & (event_us < at_us - view.ttl_us)] = EXPIRED
+        gone = status != PRESENT
+        stored = [name for name in features if name in view.fields]
+        columns: dict[str, pa.Array] = {}
+        if stored:
+            rows = [None if missing else self.rows[place] for place, missing in zip(last.tolist(), gone, strict=True)]
+            found = self.codec.decode_columns(rows, stored)
+            columns = {name: to_arrow(view.fields[name], found.values[name], found.states[name]) for name in stored}
+        wanted = [view.aggregates[name] for name in features if name in view.aggregates]
+        if wanted:
+            inputs = {name: self._column(name) for name in {one.column for one in wanted}}
+            for name, array in aggregate(wanted, self.grouped, inputs, self._moments(at_us)).items():
+                unknown = gone | (self.horizon > at_us - view.aggregates[name].window_us)
+                columns[name] = pc.if_else(pa.array(unknown), pa.scalar(None, array.type), array)
+        return Evaluated(status, event_us, {name: columns[name] for name in features})
+
+    def compacted(self, entity: int, now_us: int) -> bytes:
+        """The value of one entity without what no reader at or after `now_us` needs."""
+        first, end = int(self.starts[entity]), int(self.starts[entity + 1])
+        longest = longest_window(self.view)
+        recent = int(np.searchsorted(self.event_us[first:end], now_us - longest, side="right")) + first
+        last = int(self.last(now_us)[entity])
+        extra = KEPT_BEFORE if self.view.event_id else 0
+        from_place = max(first, min(recent, last if last >= 0 else end) - extra)
+        horizon = int(self.horizon[entity])
+        if end - from_place > MAX_EVENTS:
+            from_place = end - MAX_EVENTS
+            horizon = max(horizon, int(self.event_us[from_place - 1]))
+        kept = b"".join(to_record(row) for row in self.rows[from_place:end])
+        return new_header(horizon, STATE.size + len(kept)) + kept
+
+
+def longest_window(view: FeatureView) -> int:
+    """The length in microseconds of the view's longest window; 0 without aggregations."""
+    return max((one.window_us for one in view.aggregates.values()), default=0)
+
+
+def _without_repeats(
+    order: np.ndarray, ids: np.ndarray, event: np.ndarray, created: np.ndarray, sequence: np.ndarray
+) -> np.ndarray:
+    """`order` without events that arrived more than once: same entity, times and place in the order of ingest."""
+    if len(order) < 2:
+        return order
+    before, after = order[:-1], order[1:]
+    same = (ids[before] == ids[after]) & (event[before] == event[after])
+    same &= (created[before] == created[after]) & (sequence[before] == sequence[after])
+    return order[np.concatenate([[True], ~same])]
