@@ -114,6 +114,8 @@ class Client(RequestReader):
         request.body, request.size, request.complete = [body], len(body), True
         if plan.extra:
             request.extra = plan.extra
+        else:
+            request.is_plain = True
         self._idle, self.due_s = False, _NEVER
         self.core.identify(request)
         try:
@@ -176,8 +178,10 @@ class Client(RequestReader):
             self._close()
         elif self._waiting:
             self._pump()
-        else:
+        elif self._in_head or self._paused or self._blocked or self.half_closed:
             self._rest(now_s)
+        else:
+            self._idle, self.due_s = True, now_s + self.core.idle_timeout_s
 
     def _reply_error(self, request: Request, error: MlfuncsError) -> None:
         status, body, extra = problem_of(error, request.request_id)

@@ -58,10 +58,12 @@ class Core:
         self.options, self.wake = options, wake
         self.log = options.log
         self.short_body = options.short_body
+        self.idle_timeout_s = options.idle_timeout_s
         self.random = random.random
         self.endpoints: dict[str, Endpoint] = {}
         self.clients: set[Client] = set()
         self.active: dict[Request, None] = {}  # admitted, and without an answer yet: a deadline holds
+        self.logs_access = bool(options.access_log)
         self.draining: bool = False
         self.refused: dict[int, int] = {}
         self.retired: dict[tuple[str, str], Any] = {}
@@ -69,7 +71,7 @@ class Core:
         self._closing: set[Endpoint] = set()  # deleted, with requests in flight
         self._places: dict[bytes, Place] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._next_sweep_s = float("inf")
+        self.next_sweep_s = float("inf")
         self._timer: asyncio.TimerHandle | None = None
         self._prefix = os.urandom(6).hex().encode()
         self._trace = os.urandom(8).hex().encode()
@@ -96,6 +98,13 @@ class Core:
     def retire(self, endpoint: Endpoint, revision: RevisionState) -> None:
         """Keep a gone revision's counters, so that they never fall."""
         self.retired[endpoint.name, revision.name] = revision.counts
+
+    def drain(self) -> None:
+        """From now on every answer ends its connection."""
+        self.draining = True
+        for endpoint in self.endpoints.values():
+            for replica in endpoint.replicas.values():
+                replica.shapes.clear()  # an answer is not passed on as it is any more
 
     def replicas_of(self, replica: str) -> list[ReplicaState]:
         """The states with requests in flight at a replica, removed from the table or not."""
@@ -246,22 +255,9 @@ class Core:
 
     # --- a request's life
 
-    def began_waiting(self, request: Request) -> None:
-        """Watch the request's deadline."""
-        self.active[request] = None
-        if request.deadline_s < self._next_sweep_s:
-            self._schedule(request.deadline_s)
-
     def began(self, request: Request) -> None:
         """The answer has begun: no deadline holds any more."""
         self.active.pop(request, None)
-
-    def ended(self, request: Request, now_s: float) -> None:
-        """The request is over."""
-        if not request.head_sent:
-            self.active.pop(request, None)
-        if self.options.access_log and not request.is_copy:
-            self._log_access(request, now_s - request.arrived_s)
 
     def fail(self, request: Request, error: MlfuncsError) -> None:
         """Answer an admitted request with a problem document."""
@@ -270,21 +266,22 @@ class Core:
         status, body, extra = problem_of(error, request.request_id)
         request.caller.reply(request, status, body, extra)
 
-    def _schedule(self, at_s: float) -> None:
+    def look_at(self, at_s: float) -> None:
+        """Look for overdue requests at this time."""
         if self._timer is not None:
             self._timer.cancel()
-        self._next_sweep_s = at_s
+        self.next_sweep_s = at_s
         delay_s = max(_SWEEP_S, at_s - time.monotonic())
         self._timer = asyncio.get_running_loop().call_later(delay_s, self._sweep)
 
     def _sweep(self) -> None:
-        self._timer, self._next_sweep_s = None, float("inf")
+        self._timer, self.next_sweep_s = None, float("inf")
         now_s = time.monotonic()
         for request in [request for request in self.active if request.deadline_s <= now_s]:
             if not request.done:
                 request.endpoint.expire(request)
         if self.active:
-            self._schedule(min(request.deadline_s for request in self.active))
+            self.look_at(min(request.deadline_s for request in self.active))
 
     def close(self) -> None:
         """Drop every connection to a worker, and every task."""
@@ -305,7 +302,8 @@ class Core:
         """Call back after a while."""
         asyncio.get_running_loop().call_later(delay_s, callback)
 
-    def _log_access(self, request: Request, seconds: float) -> None:
+    def log_access(self, request: Request, seconds: float) -> None:
+        """Write a line about a request that is over."""
         values = {
             "method": request.head.method.decode("latin-1"),
             "target": request.head.target.decode("latin-1"),

@@ -184,9 +184,12 @@ class Endpoint:
         """Take a request in. Its body is waited for when it is short, so that a slow sender holds no replica."""
         request.endpoint, request.revision = self, revision
         revision.meter.enter(request.arrived_s)
-        self.core.began_waiting(request)
+        core = self.core
+        core.active[request] = None
+        if request.deadline_s < core.next_sweep_s:
+            core.look_at(request.deadline_s)
         head = request.head
-        if not request.complete and not head.chunked and 0 < head.length <= self.core.short_body:
+        if not request.complete and not head.chunked and 0 < head.length <= core.short_body:
             request.waits_for_body = True
             return
         self.submit(request, request.arrived_s)
@@ -328,7 +331,11 @@ class Endpoint:
         revision = request.revision
         revision.meter.leave(now_s)
         revision.counts.count(request.status, now_s - request.arrived_s)
-        self.core.ended(request, now_s)
+        core = self.core
+        if not request.head_sent:
+            core.active.pop(request, None)
+        if core.logs_access and not request.is_copy:
+            core.log_access(request, now_s - request.arrived_s)
         replica, request.replica = request.replica, None
         if replica is not None:
             replica.in_flight -= 1

@@ -68,7 +68,10 @@ class Plan:
         self.is_lasting = not given and head.keep_alive and head.minor == 1
 
     def opening(self, request: Request, now_s: float) -> bytes:
-        """The bytes that begin a request at a worker: its head, and the body as far as it is here."""
+        """The bytes that begin a request at a worker: its head, and the body as far as it is here.
+
+        A body that is too long to keep, or not complete, is let go.
+        """
         last, body = self._last, request.body
         if self.head.timeout_s < math.inf or now_s - request.arrived_s > _WAITED_S:
             last = b"\r\nX-Mlfuncs-Timeout-Ms: %d%s" % (max(1, (request.deadline_s - now_s) * 1000), last)
@@ -81,6 +84,8 @@ class Plan:
                 last = b"%s\r\nTransfer-Encoding: chunked\r\n\r\n" % last[:-4]
                 body = [chunk(piece) for piece in body]
         whole = body[0] if len(body) == 1 else b"".join(body)
+        if not request.complete or request.size > REPLAY_BYTES:
+            request.replayable, request.body = False, []
         return b"%s%s\r\ntraceparent: %s%s%s" % (self._first, request.request_id, request.traceparent, last, whole)
 
 
@@ -89,6 +94,7 @@ class Request:
 
     # Defaults are the class's: most requests change few of them, and making one is on the fast path.
     size = attempts = status = 0
+    is_plain = False  # whole when it was sent, by a lasting plan: a worker's bytes may be its answer as they are
     complete = done = queued = head_sent = waits_for_body = is_copy = False
     replayable = True
     deadline_s = math.inf
@@ -106,20 +112,6 @@ class Request:
     def __init__(self, head: RequestHead, caller: Caller) -> None:
         self.head = head
         self.caller = caller
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the worker's bytes are this request's answer as they are."""
-        return self.complete and not self.extra and self.plan is not None and self.plan.is_lasting
-
-    def opening(self, now_s: float) -> bytes:
-        """The bytes that begin this request at a worker; a body that is too long to keep is let go."""
-        assert self.plan is not None
-        data = self.plan.opening(self, now_s)
-        if not self.complete or self.size > REPLAY_BYTES:
-            self.replayable = False
-            self.body = []
-        return data
 
 
 def chunk(data: bytes) -> bytes:

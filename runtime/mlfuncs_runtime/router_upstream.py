@@ -82,10 +82,11 @@ class Upstream(asyncio.Protocol):
         """Begin a request; the connection must be idle."""
         if not self._is_fresh:
             self._reset()
+        assert request.plan is not None
         self.request = request
         request.upstream = self
         request.attempts += 1
-        self.transport.write(request.opening(now_s))
+        self.transport.write(request.plan.opening(request, now_s))
         if not request.complete:
             request.caller.let_body_flow(True)
 
@@ -152,7 +153,7 @@ class Upstream(asyncio.Protocol):
         if self._is_fresh:
             end = data.find(_END) + 4
             shape = self.replica.shapes.get(data[:end].replace(request.request_id, _NOT_IN_HEADS, 1))
-            if shape is not None and len(data) == end + shape[1] and request.is_plain and request.caller.keeps_alive:
+            if shape is not None and len(data) == end + shape[1] and request.is_plain:
                 self._pass_whole(request, data, shape[0])
                 return
             self._is_fresh = False
@@ -229,7 +230,7 @@ class Upstream(asyncio.Protocol):
 
     def _remember(self, request: Request, raw: bytes) -> None:
         """Recognise answers with this head from now on; only an id of our own making can stand for no other bytes."""
-        if request.head.request_id or self._status in (204, 304):
+        if request.head.request_id or self._status in (204, 304) or request.endpoint.core.draining:
             return
         shapes = self.replica.shapes
         if len(shapes) >= _SHAPES:
