@@ -1,4 +1,4 @@
-"""`mlfuncs pipeline ...`: validate, run, resume and debug pipelines."""
+"""`mlfuncs pipeline ...`: compile, validate, run, resume, submit and debug pipelines."""
 
 from __future__ import annotations
 
@@ -42,24 +42,75 @@ def validate(file: Path, as_json: bool) -> None:
 
 
 @pipeline.command()
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("target")
 @click.option("--param", "params", multiple=True, metavar="NAME=JSON", help="A parameter of the pipeline.")
 @click.option("--parallel", type=click.IntRange(min=1), help="Steps at once; default: one per core, at least 4.")
 @click.option("--cache/--no-cache", default=True, help="Use the results of equal steps that ran before.")
 @click.option("--ignore", multiple=True, metavar="INPUT", help="An input that does not count for the cache.")
 @click.option("--containers", type=click.Choice(["docker", "process"]), default="docker", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object; logs go to standard error.")
-def run(file: Path, params: tuple[str, ...], as_json: bool, **options: Any) -> None:
-    """Run a compiled pipeline FILE on this machine; the exit code is 0 only when it succeeded."""
+def run(target: str, params: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Run a pipeline on this machine; the exit code is 0 only when it succeeded.
+
+    TARGET is a compiled file (any kfp v2 IR) or FILE.py:NAME.
+    """
     from mlfuncs_pipelines.runner import run_pipeline
-    from mlfuncs_pipelines.validate import load_pipeline
 
     def execute() -> PipelineRun:
-        loaded = load_pipeline(file)
+        loaded = load_ir(target)
         values = parse_params(params, loaded)
         return run_pipeline(loaded, values, read_settings(), _options(options), [_observer(as_json)])
 
     _report(execute, as_json)
+
+
+@pipeline.command(name="compile")
+@click.argument("target")
+@click.option("--output", "-o", type=click.Path(path_type=Path), help="Where to write; default: NAME.yaml.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def compile_(target: str, output: Path | None, as_json: bool) -> None:
+    """Write the pipeline FILE.py:NAME as an IR YAML file."""
+    from mlfuncs_pipelines.targets import load_pipeline_object, write_ir
+
+    found = load_pipeline_object(target)
+    path = write_ir(found, output or Path(f"{found.name}.yaml"))
+    click.echo(json.dumps({"pipeline": found.name, "path": str(path)}) if as_json else str(path))
+
+
+@pipeline.command()
+@click.argument("target")
+@click.option("--param", "params", multiple=True, metavar="NAME=JSON")
+@click.option("--host", default="", help="Kubeflow Pipelines URL; default: the setting kubeflow_host.")
+@click.option("--experiment", default="Default", show_default=True)
+@click.option("--cron", default="", help="Run at these times instead of now: five fields.")
+@click.option("--wait/--no-wait", default=False, help="Return when the run is over.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def submit(target: str, params: tuple[str, ...], as_json: bool, **options: Any) -> None:
+    """Run the pipeline FILE.py:NAME on Kubeflow, or schedule it there."""
+    from mlfuncs_pipelines.targets import load_pipeline_object
+
+    found = load_pipeline_object(target)
+    values = parse_params(params, found.ir)
+    place = {"host": options["host"], "experiment": options["experiment"]}
+    if options["cron"]:
+        made = found.schedule(options["cron"], **place, **values)
+        body = {"schedule": made.id, "cron": made.cron, "url": made.url}
+    else:
+        started = found.submit(**place, **values)
+        if options["wait"]:
+            started.wait()
+        body = {"run_id": started.id, "status": started.status(), "url": started.url}
+    click.echo(json.dumps(body) if as_json else "\n".join(f"{name}: {value}" for name, value in body.items()))
+
+
+@pipeline.command()
+@click.argument("run_id")
+@click.argument("step")
+def debug(run_id: str, step: str) -> None:
+    """Run one STEP of a run again, alone and with the same inputs; a failure opens the debugger."""
+    from mlfuncs_pipelines.debugging import debug_step
+
+    raise SystemExit(debug_step(run_id, step, read_settings()))
 
 
 @pipeline.command()
@@ -74,6 +125,18 @@ def resume(run_id: str, as_json: bool, **options: Any) -> None:
     from mlfuncs_pipelines.runner import resume_run
 
     _report(lambda: resume_run(run_id, read_settings(), _options(options), [_observer(as_json)]), as_json)
+
+
+def load_ir(target: str) -> Pipeline:
+    """The pipeline in a compiled file, or the one that FILE.py:NAME defines. Raises InvalidPipeline or NotFound."""
+    from mlfuncs_pipelines.validate import load_pipeline
+
+    if target.endswith((".yaml", ".yml", ".json")) or Path(target).is_file() or ":" not in target:
+        return load_pipeline(target)
+    from mlfuncs_pipelines.targets import load_pipeline_object
+
+    found: Pipeline = load_pipeline_object(target).ir
+    return found
 
 
 def parse_params(texts: tuple[str, ...], pipeline: Pipeline) -> dict[str, Any]:

@@ -46,112 +46,112 @@ class _DagCheck:
 
     def run(self) -> None:
         if not self.tasks and self.component.name == "root":
-            self.add("tasks", "the pipeline has no tasks", "add a task to root.dag.tasks")
+            self._add("tasks", "the pipeline has no tasks", "add a task to root.dag.tasks")
         for name, task in self.tasks.items():
-            self.check_task(f"tasks.{name}", task)
-        self.check_cycle()
-        self.check_outputs()
+            self._check_task(f"tasks.{name}", task)
+        self._check_cycle()
+        self._check_outputs()
 
-    def add(self, place: str, message: str, mend: str, blocks: bool = True) -> None:
+    def _add(self, place: str, message: str, mend: str, blocks: bool = True) -> None:
         self.problems.append(Problem(f"{self.place}.{place}", message, mend, blocks))
 
-    def check_task(self, place: str, task: Task) -> None:
+    def _check_task(self, place: str, task: Task) -> None:
         for name in sorted(task.dependencies - set(self.tasks)):
             mend = _nearest(name, self.tasks, "tasks of this DAG are")
-            self.add(f"{place}.dependentTasks", f"there is no task {name!r} in this DAG", mend)
+            self._add(f"{place}.dependentTasks", f"there is no task {name!r} in this DAG", mend)
         component = self.pipeline.components.get(task.component)
         if component is None:
             mend = _nearest(task.component, self.pipeline.components, "components are")
-            self.add(f"{place}.componentRef.name", f"there is no component {task.component!r}", mend)
+            self._add(f"{place}.componentRef.name", f"there is no component {task.component!r}", mend)
             return
         for name, source in task.parameters.items():
-            self.check_parameter(f"{place}.inputs.parameters.{name}", task, component, name, source)
+            self._check_parameter(f"{place}.inputs.parameters.{name}", task, component, name, source)
         for name, source in task.artifacts.items():
-            self.check_artifact(f"{place}.inputs.artifacts.{name}", component, name, source)
-        self.check_given(place, task, component)
-        self.check_condition(place, task)
+            self._check_artifact(f"{place}.inputs.artifacts.{name}", component, name, source)
+        self._check_given(place, task, component)
+        self._check_condition(place, task)
         if task.iterator:
-            self.check_iterator(place, task, component)
+            self._check_iterator(place, task, component)
         if task.retry.count < 0:
-            self.add(f"{place}.retryPolicy.maxRetryCount", f"{task.retry.count} is below 0", "use 0 or more")
+            self._add(f"{place}.retryPolicy.maxRetryCount", f"{task.retry.count} is below 0", "use 0 or more")
 
-    def check_given(self, place: str, task: Task, component: Component) -> None:
+    def _check_given(self, place: str, task: Task, component: Component) -> None:
         item = task.iterator.item_input if task.iterator else None
         for name, declared in component.input_parameters.items():
             if not declared.optional and name not in task.parameters and name != item:
                 mend = f"give it under inputs.parameters.{name}"
-                self.add(place, f"the required input {name!r} of {component.name} is not given", mend)
+                self._add(place, f"the required input {name!r} of {component.name} is not given", mend)
         for name, artifact in component.input_artifacts.items():
             if not artifact.optional and name not in task.artifacts and name != item:
                 mend = f"give it under inputs.artifacts.{name}"
-                self.add(place, f"the required input artifact {name!r} of {component.name} is not given", mend)
+                self._add(place, f"the required input artifact {name!r} of {component.name} is not given", mend)
 
-    def check_parameter(
+    def _check_parameter(
         self, place: str, task: Task, component: Component, name: str, source: Mapping[str, Any]
     ) -> None:
         declared = component.input_parameters.get(name)
         if declared is None and not name.startswith(_CHANNEL):
             if name in component.input_artifacts:
-                self.add(place, f"{name!r} of {component.name} is an artifact", "move it to inputs.artifacts")
+                self._add(place, f"{name!r} of {component.name} is an artifact", "move it to inputs.artifacts")
             else:
                 mend = _nearest(name, component.input_parameters, "its parameters are")
-                self.add(place, f"{component.name} has no input parameter {name!r}", mend)
+                self._add(place, f"{component.name} has no input parameter {name!r}", mend)
             return
         if "runtimeValue" in source:
-            self.check_constant(place, task, declared, source["runtimeValue"])
+            self._check_constant(place, task, declared, source["runtimeValue"])
             return
-        found = self.source_parameter(place, source)
+        found = self._source_parameter(place, source)
         if declared and found and "parameterExpressionSelector" not in source:
-            self.check_types(place, found.type, declared.type, name)
+            self._check_types(place, found.type, declared.type, name)
 
-    def check_constant(self, place: str, task: Task, declared: Parameter | None, runtime: Mapping[str, Any]) -> None:
+    def _check_constant(self, place: str, task: Task, declared: Parameter | None, runtime: Mapping[str, Any]) -> None:
         if "runtimeParameter" in runtime:
-            self.component_input(place, runtime["runtimeParameter"])
+            self._component_input(place, runtime["runtimeParameter"])
             return
         value = constant_of(runtime)
         if value is ABSENT:
-            self.add(place, "the runtimeValue has no constant", "add runtimeValue.constant")
+            self._add(place, "the runtimeValue has no constant", "add runtimeValue.constant")
             return
         text = value if isinstance(value, str) else json.dumps(value)
         for side, kind, name in mentions(text):
             if side == "inputs" and name not in (task.parameters if kind == "parameters" else task.artifacts):
                 mend = f"add {name!r} to the inputs of this task"
-                self.add(place, f"the placeholder of {name!r} names no input of this task", mend)
+                self._add(place, f"the placeholder of {name!r} names no input of this task", mend)
         if declared and "{{$" not in text:
             try:
                 coerce(from_file(value), declared.type, "the constant")
             except InvalidInput as exc:
-                self.add(place, str(exc), f"write a {declared.type} constant")
+                self._add(place, str(exc), f"write a {declared.type} constant")
 
-    def source_parameter(self, place: str, source: Mapping[str, Any]) -> Parameter | None:
+    def _source_parameter(self, place: str, source: Mapping[str, Any]) -> Parameter | None:
         """The declaration that a parameter source refers to; adds a problem when there is none."""
         if "componentInputParameter" in source:
             name = source["componentInputParameter"]
-            found = self.component_input(f"{place}.componentInputParameter", name)
+            found = self._component_input(f"{place}.componentInputParameter", name)
             return None if name in self.free_inputs else found
         if "taskFinalStatus" in source:
-            self.check_producer(f"{place}.taskFinalStatus", source["taskFinalStatus"])
+            self._check_producer(f"{place}.taskFinalStatus", source["taskFinalStatus"])
             return None
         if "taskOutputParameter" not in source:
-            self.add(place, "the input has no source", "give a constant, a task's output or an input of this DAG")
+            self._add(place, "the input has no source", "give a constant, a task's output or an input of this DAG")
             return None
         reference = source["taskOutputParameter"]
         place = f"{place}.taskOutputParameter"
-        producer = self.check_producer(place, reference)
-        return self.output_parameter(place, producer, reference.get("outputParameterKey", "")) if producer else None
+        producer = self._check_producer(place, reference)
+        return self._output_parameter(place, producer, reference.get("outputParameterKey", "")) if producer else None
 
-    def component_input(self, place: str, name: str) -> Parameter | None:
+    def _component_input(self, place: str, name: str) -> Parameter | None:
         if name not in self.component.input_parameters:
             mend = _nearest(name, self.component.input_parameters, "inputs of the enclosing DAG are")
-            self.add(place, f"the enclosing DAG has no input parameter {name!r}", mend)
+            self._add(place, f"the enclosing DAG has no input parameter {name!r}", mend)
         return self.component.input_parameters.get(name)
 
-    def check_producer(self, place: str, reference: Mapping[str, Any]) -> Component | None:
+    def _check_producer(self, place: str, reference: Mapping[str, Any]) -> Component | None:
         name = reference.get("producerTask") or reference.get("producerSubtask") or ""
         if name not in self.tasks:
             if "producerTask" not in reference or name not in self._known_missing():
                 mend = _nearest(name, self.tasks, "tasks of this DAG are")
-                self.add(place, f"there is no task {name!r} in this DAG", mend)
+                self._add(place, f"there is no task {name!r} in this DAG", mend)
             return None
         return self.pipeline.components.get(self.tasks[name].component)
 
@@ -159,29 +159,29 @@ class _DagCheck:
         """Producers already reported as dangling dependencies."""
         return {name for task in self.tasks.values() for name in task.dependencies} - set(self.tasks)
 
-    def output_parameter(self, place: str, producer: Component, key: str) -> Parameter | None:
+    def _output_parameter(self, place: str, producer: Component, key: str) -> Parameter | None:
         if key not in producer.output_parameters:
             if key in producer.output_artifacts:
-                self.add(place, f"{key!r} of {producer.name} is an artifact", "refer to it as an artifact")
+                self._add(place, f"{key!r} of {producer.name} is an artifact", "refer to it as an artifact")
             else:
                 mend = _nearest(key, producer.output_parameters, "its output parameters are")
-                self.add(place, f"{producer.name} has no output parameter {key!r}", mend)
+                self._add(place, f"{producer.name} has no output parameter {key!r}", mend)
         return producer.output_parameters.get(key)
 
-    def output_artifact(self, place: str, producer: Component, key: str) -> Artifact | None:
+    def _output_artifact(self, place: str, producer: Component, key: str) -> Artifact | None:
         if key not in producer.output_artifacts:
             if key in producer.output_parameters:
-                self.add(place, f"{key!r} of {producer.name} is a parameter", "refer to it as a parameter")
+                self._add(place, f"{key!r} of {producer.name} is a parameter", "refer to it as a parameter")
             else:
                 mend = _nearest(key, producer.output_artifacts, "its output artifacts are")
-                self.add(place, f"{producer.name} has no output artifact {key!r}", mend)
+                self._add(place, f"{producer.name} has no output artifact {key!r}", mend)
         return producer.output_artifacts.get(key)
 
-    def check_artifact(self, place: str, component: Component, name: str, source: Mapping[str, Any]) -> None:
+    def _check_artifact(self, place: str, component: Component, name: str, source: Mapping[str, Any]) -> None:
         declared = component.input_artifacts.get(name)
         if declared is None and not name.startswith(_CHANNEL):
             mend = _nearest(name, component.input_artifacts, "its artifacts are")
-            self.add(place, f"{component.name} has no input artifact {name!r}", mend)
+            self._add(place, f"{component.name} has no input artifact {name!r}", mend)
             return
         found: Artifact | None = None
         if "componentInputArtifact" in source:
@@ -189,28 +189,28 @@ class _DagCheck:
             found = self.component.input_artifacts.get(key)
             if found is None:
                 mend = _nearest(key, self.component.input_artifacts, "input artifacts of the enclosing DAG are")
-                self.add(place, f"the enclosing DAG has no input artifact {key!r}", mend)
+                self._add(place, f"the enclosing DAG has no input artifact {key!r}", mend)
             elif key in self.free_inputs:
                 return
         elif "taskOutputArtifact" in source:
-            producer = self.check_producer(f"{place}.taskOutputArtifact", source["taskOutputArtifact"])
+            producer = self._check_producer(f"{place}.taskOutputArtifact", source["taskOutputArtifact"])
             key = source["taskOutputArtifact"].get("outputArtifactKey", "")
-            found = self.output_artifact(f"{place}.taskOutputArtifact", producer, key) if producer else None
+            found = self._output_artifact(f"{place}.taskOutputArtifact", producer, key) if producer else None
         else:
-            self.add(place, "the input has no source", "give a task's output or an input of this DAG")
+            self._add(place, "the input has no source", "give a task's output or an input of this DAG")
         if declared and found:
-            self.check_artifact_types(place, found, declared)
+            self._check_artifact_types(place, found, declared)
 
-    def check_artifact_types(self, place: str, found: Artifact, declared: Artifact) -> None:
+    def _check_artifact_types(self, place: str, found: Artifact, declared: Artifact) -> None:
         titles = {found.schema_title, declared.schema_title}
         if len(titles) > 1 and "system.Artifact" not in titles:
             message = f"a {found.schema_title} is given where a {declared.schema_title} is expected"
-            self.add(place, message, "change one of the two types", blocks=False)
+            self._add(place, message, "change one of the two types", blocks=False)
         if found.is_list and not declared.is_list:
             message = "a list of artifacts is given where one artifact is expected"
-            self.add(place, message, "make the input a list, or loop over the list", blocks=False)
+            self._add(place, message, "make the input a list, or loop over the list", blocks=False)
 
-    def check_types(self, place: str, found: str, declared: str, name: str) -> None:
+    def _check_types(self, place: str, found: str, declared: str, name: str) -> None:
         if not found or not declared or found == declared:
             return
         if (found, declared) == ("NUMBER_INTEGER", "NUMBER_DOUBLE"):
@@ -219,23 +219,23 @@ class _DagCheck:
             found in ("LIST", "STRUCT") and declared in _SIMPLE - {"STRING"}
         )
         mend = "change one of the two types, or convert the value in a step"
-        self.add(place, f"a {found} is given where {name!r} expects a {declared}", mend, blocks=never)
+        self._add(place, f"a {found} is given where {name!r} expects a {declared}", mend, blocks=never)
 
-    def check_condition(self, place: str, task: Task) -> None:
+    def _check_condition(self, place: str, task: Task) -> None:
         if not task.condition:
             return
         place = f"{place}.triggerPolicy.condition"
         try:
             conditions.compile_condition(task.condition)
         except SpecError as exc:
-            self.add(place, str(exc), "write CEL")
+            self._add(place, str(exc), "write CEL")
         component = self.pipeline.components[task.component]
         for name in sorted(conditions.referenced(task.condition)):
             if name not in task.parameters and name not in component.input_parameters:
                 mend = _nearest(name, task.parameters, "inputs of this task are")
-                self.add(place, f"the condition reads {name!r}, which is no input of this task", mend)
+                self._add(place, f"the condition reads {name!r}, which is no input of this task", mend)
 
-    def check_iterator(self, place: str, task: Task, component: Component) -> None:
+    def _check_iterator(self, place: str, task: Task, component: Component) -> None:
         assert task.iterator is not None
         iterator = task.iterator
         place = f"{place}.{iterator.kind}Iterator"
@@ -243,21 +243,21 @@ class _DagCheck:
         known: Iterable[str] = component.input_parameters if parameters else component.input_artifacts
         if iterator.item_input not in known:
             mend = _nearest(iterator.item_input, known, "its inputs are")
-            self.add(f"{place}.itemInput", f"{component.name} has no input {iterator.item_input!r}", mend)
+            self._add(f"{place}.itemInput", f"{component.name} has no input {iterator.item_input!r}", mend)
         if iterator.raw is not None:
             try:
                 good = isinstance(json.loads(iterator.raw), list)
             except json.JSONDecodeError:
                 good = False
             if not good:
-                self.add(f"{place}.items.raw", f"{iterator.raw[:60]!r} is not a JSON list", "write a JSON list")
+                self._add(f"{place}.items.raw", f"{iterator.raw[:60]!r} is not a JSON list", "write a JSON list")
             return
         given = task.parameters if parameters else task.artifacts
         if iterator.source_input not in given and iterator.source_input not in known:
             mend = _nearest(iterator.source_input, given, "inputs of this task are")
-            self.add(f"{place}.items", f"the loop goes over {iterator.source_input!r}, which is no input", mend)
+            self._add(f"{place}.items", f"the loop goes over {iterator.source_input!r}, which is no input", mend)
 
-    def check_cycle(self) -> None:
+    def _check_cycle(self) -> None:
         left = {name: set(task.dependencies) & set(self.tasks) for name, task in self.tasks.items()}
         while ready := [name for name, needs in left.items() if not needs]:
             for name in ready:
@@ -267,31 +267,31 @@ class _DagCheck:
         if left:
             cycle = _one_cycle(left)
             mend = f"remove one of the dependencies between {' and '.join(sorted(set(cycle)))}"
-            self.add("tasks", f"the tasks wait for each other: {' -> '.join(cycle)}", mend)
+            self._add("tasks", f"the tasks wait for each other: {' -> '.join(cycle)}", mend)
 
-    def check_outputs(self) -> None:
+    def _check_outputs(self) -> None:
         for name, selectors in self.dag.parameter_outputs.items():
             declared = self.component.output_parameters.get(name)
             place = f"outputs.parameters.{name}"
             if declared is None:
-                self.add(place, f"the output {name!r} is not declared", "declare it in outputDefinitions.parameters")
+                self._add(place, f"the output {name!r} is not declared", "declare it in outputDefinitions.parameters")
             for task, key in selectors:
-                producer = self.check_producer(place, {"producerSubtask": task})
-                found = self.output_parameter(place, producer, key) if producer else None
+                producer = self._check_producer(place, {"producerSubtask": task})
+                found = self._output_parameter(place, producer, key) if producer else None
                 if found and declared and not self.looped:
-                    self.check_types(place, found.type, declared.type, name)
+                    self._check_types(place, found.type, declared.type, name)
         for name, selectors in self.dag.artifact_outputs.items():
             place = f"outputs.artifacts.{name}"
             if name not in self.component.output_artifacts:
-                self.add(place, f"the output {name!r} is not declared", "declare it in outputDefinitions.artifacts")
+                self._add(place, f"the output {name!r} is not declared", "declare it in outputDefinitions.artifacts")
             for task, key in selectors:
-                producer = self.check_producer(place, {"producerSubtask": task})
+                producer = self._check_producer(place, {"producerSubtask": task})
                 if producer:
-                    self.output_artifact(place, producer, key)
+                    self._output_artifact(place, producer, key)
         produced = {*self.dag.parameter_outputs, *self.dag.artifact_outputs}
         for name in [*self.component.output_parameters, *self.component.output_artifacts]:
             if name not in produced:
-                self.add("outputs", f"the declared output {name!r} comes from no task", f"add {name!r} to dag.outputs")
+                self._add("outputs", f"the declared output {name!r} comes from no task", f"add {name!r} to dag.outputs")
 
 
 def _check_executor(pipeline: Pipeline, component: Component, place: str, problems: list[Problem]) -> None:

@@ -76,6 +76,8 @@ def write_request(
         "log": str(prepared.log),
         "error_path": str(prepared.error_path),
         "cwd": os.getcwd(),
+        "python": prepared.plan.preload.python if prepared.plan.preload else "",
+        "path": prepared.plan.preload.path if prepared.plan.preload else (),
         "env": resolve_value(dict(prepared.plan.env), _context(prepared)),
     }
     lightweight = prepared.plan.lightweight

@@ -1,0 +1,95 @@
+"""The command line around pipelines that are Python code."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CODE = """
+import mlfuncs as ml
+from kfp import dsl
+
+@ml.function
+def double(x: int) -> int:
+    return 2 * x
+
+@ml.function
+def read(path: str) -> str:
+    return open(path).read()
+
+@dsl.component(base_image="python:3.11")
+def add(a: int) -> int:
+    return a + 1
+
+@ml.pipeline
+def ours(n: int = 3):
+    return double(n)
+
+@ml.pipeline
+def breaks(path: str):
+    read(path)
+
+@dsl.pipeline(name="theirs")
+def theirs(n: int = 3) -> int:
+    return add(a=n).output
+"""
+MAIN = "from mlfuncs.cli import main; main()"
+
+
+@pytest.fixture
+def command(tmp_path: Path):
+    (tmp_path / "pipes.py").write_text(CODE)
+    environment = {**os.environ, "MLFUNCS_HOME": str(tmp_path / "home"), "MLFUNCS_PROJECT": "tests"}
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        arguments = [sys.executable, "-W", "ignore", "-c", MAIN, "pipeline", *words]
+        return subprocess.run(arguments, capture_output=True, text=True, env=environment, cwd=tmp_path)
+
+    return run
+
+
+def test_run_takes_code_and_compiled_files(command, tmp_path: Path) -> None:
+    for target in ("pipes.py:ours", "pipes:ours", "pipes.py:theirs"):
+        done = command("run", target, "--param", "n=4", "--json")
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["outputs"] == {"Output": 5 if "theirs" in target else 8}
+    done = command("compile", "pipes.py:ours", "-o", "out/ours.yaml", "--json")
+    assert json.loads(done.stdout) == {"pipeline": "ours", "path": "out/ours.yaml"}, done.stderr
+    done = command("run", "out/ours.yaml", "--json")
+    assert json.loads(done.stdout)["outputs"] == {"Output": 6}
+    assert command("validate", "out/ours.yaml").returncode == 0
+
+
+def test_steps_print_live_with_their_names(command) -> None:
+    done = command("run", "pipes.py:ours")
+    assert done.returncode == 0 and "double: succeeded" in done.stdout and "Output = 6" in done.stdout
+
+
+def test_debug_runs_one_step_again(command, tmp_path: Path) -> None:
+    done = command("run", "pipes.py:breaks", "--param", f"path={tmp_path}/gone", "--json")
+    run_id = json.loads(done.stdout)["run_id"]
+    again = command("debug", run_id, "read")
+    assert again.returncode == 1 and "FileNotFoundError" in again.stderr and "return open(path).read()" in again.stderr
+    (tmp_path / "gone").write_text("now it is here")
+    assert command("debug", run_id, "read").returncode == 0
+    assert "rea" in command("debug", run_id, "rea").stderr
+
+
+def test_resume_goes_on(command, tmp_path: Path) -> None:
+    done = command("run", "pipes.py:breaks", "--param", f"path={tmp_path}/gone", "--json")
+    (tmp_path / "gone").write_text("x")
+    again = command("resume", json.loads(done.stdout)["run_id"], "--json")
+    assert again.returncode == 0 and json.loads(again.stdout)["status"] == "succeeded"
+
+
+def test_unknown_names_are_answered_with_near_ones(command) -> None:
+    done = command("compile", "pipes.py:our")
+    assert done.returncode != 0 and "ours" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_submit_without_a_host_says_how_to_name_one(command) -> None:
+    done = command("submit", "pipes.py:ours")
+    assert done.returncode != 0 and "MLFUNCS_KUBEFLOW_HOST" in done.stderr and "Traceback" not in done.stderr
