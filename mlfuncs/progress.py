@@ -34,6 +34,7 @@ class State:
     elapsed_s: float = 0.0
     note: str = ""
     finished: bool = False
+    failed: bool = False  # the block raised
 
     @property
     def fraction(self) -> float | None:
@@ -43,8 +44,14 @@ class State:
     @property
     def text(self) -> str:
         """The state as one line."""
-        count = f"{self.done:g}" if self.total is None else f"{self.done:g}/{self.total:g}"
-        return "  ".join(part for part in (self.label, count, format_duration(self.elapsed_s), self.note) if part)
+        return "  ".join(part for part in (self.label, self.count, format_duration(self.elapsed_s), self.note) if part)
+
+    @property
+    def count(self) -> str:
+        """ "3/10", or "3" while the total is unknown; empty for a job that is not counted."""
+        if self.total is None:
+            return f"{self.done:g}" if self.done else ""
+        return f"{self.done:g}/{self.total:g}"
 
 
 class View(Protocol):
@@ -92,7 +99,7 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with self._lock:
-            self.state = replace(self.state, finished=True)
+            self.state = replace(self.state, finished=True, failed=kind is not None)
             self._draw(force=True)
 
     def _change(self, **changes: Any) -> None:
@@ -126,7 +133,8 @@ class PlainView:
 
     def draw(self, state: State) -> None:
         """Write the state as a line."""
-        self._stream.write(state.text + ("  done" if state.finished else "") + "\n")
+        end = ("  failed" if state.failed else "  done") if state.finished else ""
+        self._stream.write(f"{state.text}{end}\n")
         self._stream.flush()
 
 
@@ -140,9 +148,9 @@ class TerminalView:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
-            TextColumn("{task.fields[count]}"),
+            TextColumn("{task.fields[count]}", markup=False),
             TimeElapsedColumn(),
             TextColumn("{task.fields[note]}", style="dim", markup=False),
         )
@@ -151,8 +159,8 @@ class TerminalView:
 
     def draw(self, state: State) -> None:
         """Move the bar; stop it at the end."""
-        count = f"{state.done:g}" if state.total is None else f"{state.done:g}/{state.total:g}"
-        fields: dict[str, Any] = {"total": state.total, "completed": state.done, "count": count, "note": state.note}
+        fields: dict[str, Any] = {"total": state.total, "completed": state.done, "count": state.count}
+        fields["note"] = state.note
         if self._task is None:
             self._progress.start()
             self._task = self._progress.add_task(state.label, **fields)

@@ -54,6 +54,19 @@ def test_the_end_is_drawn_when_the_block_raises():
     assert view.states[-1].finished and view.states[-1].done == 0
 
 
+def test_a_job_that_is_not_counted_shows_no_count():
+    assert State("Deploying x", None, elapsed_s=5.2).text == "Deploying x  5.2 s"
+    assert State("Reading", None, done=3, elapsed_s=5.2).text == "Reading  3  5.2 s"
+    assert State("Reading", 4, elapsed_s=5.2).text == "Reading  0/4  5.2 s"
+
+
+def test_a_block_that_raises_does_not_say_done():
+    stream = io.StringIO()
+    with pytest.raises(ValueError), Progress(State("Deploying x", None), PlainView(stream), Clock()):
+        raise ValueError
+    assert stream.getvalue().splitlines()[-1].endswith("  failed")
+
+
 def test_threads_may_advance_one_bar():
     bar = Progress(State("x", 4000), SilentView(), Clock())
     threads = [threading.Thread(target=lambda: [bar.advance() for _ in range(1000)]) for _ in range(4)]
