@@ -1,0 +1,131 @@
+"""The autoscaler's shell: from the router's measures to replicas, second by second on a stepped clock."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mlfuncs.revision_config import RevisionConfig
+from mlfuncs.spec import FunctionSpec, Scale
+from mlfuncs_runtime.plan import EndpointPlan, Rollout
+from mlfuncs_runtime.reconcile import Observed, Phase, ReplicaSeen
+from mlfuncs_runtime.scaling import Scaler
+
+KEY = ("churn", "rev-1")
+
+
+class World:
+    """A scaler, the replicas it wished for, and a load; `step` lets seconds pass."""
+
+    def __init__(self, **scale: Any) -> None:
+        spec = FunctionSpec(name="churn", scale=Scale(**scale))
+        revisions = {name: RevisionConfig(spec) for name in ("rev-1", "rev-2")}
+        digests = dict.fromkeys(revisions, "d")
+        self.plan = EndpointPlan("test", "churn", 1, {"rev-1": 100}, {}, {}, {}, None, revisions, digests)
+        self.scaler = Scaler()
+        self.now_s = 1000.0
+
+    @property
+    def replicas(self) -> int:
+        return self.scaler.scaled.get(KEY, 0)
+
+    def observed(self) -> Observed:
+        return Observed(tuple(ReplicaSeen(f"r{n}", *KEY, Phase.READY, 0.0) for n in range(self.replicas)))
+
+    def step(self, seconds: int, concurrency: float, requests: int = 0) -> int:
+        """Let seconds pass under a load; the replicas wished then."""
+        for _ in range(seconds):
+            self.now_s += 1.0
+            bucket = [int(self.now_s) - 1, concurrency, requests]
+            revision = {"buckets": [bucket], "active": 0, "queued": 0, "p50_s": 0.002, "p99_s": None}
+            measured = {"queued": 3, "in_flight": {"r0": 2, "r1": 1}, "revisions": {"rev-1": revision}}
+            self.scaler.tick([self.plan], self.observed(), {"endpoints": {"churn": measured}}, self.now_s)
+        return self.replicas
+
+
+def test_load_brings_replicas_and_silence_takes_them_to_zero():
+    world = World(min=0, max=4, concurrency=10)
+    assert world.step(1, 1.0) == 1
+    assert world.step(10, 25.0) == 4  # 25 at once, 7 aimed at per replica
+    assert world.step(60, 0.0) >= 1  # the window must be idle as a whole
+    assert world.step(150, 0.0) == 0
+
+
+def test_the_minimum_and_the_maximum_hold():
+    world = World(min=2, max=3, concurrency=1)
+    assert world.step(1, 0.0) == 2
+    assert world.step(10, 500.0) == 3
+    assert world.step(300, 0.0) == 2
+
+
+def test_requests_per_second_count_when_asked():
+    world = World(min=0, max=9, metric="rps", target=10.0)
+    world.step(2, 0.01, requests=1)
+    assert world.step(60, 0.01, requests=35) == 5  # 35 a second, 7 aimed at per replica
+
+
+def test_a_waiting_request_wakes_from_zero_without_a_tick():
+    world = World(min=0, max=2, window_s=1, grace_s=0)
+    world.step(1, 1.0)
+    world.step(20, 0.0)
+    assert world.replicas == 0
+    assert world.scaler.woken(world.plan, "rev-1", world.now_s)
+    assert world.replicas == 1
+    assert not world.scaler.woken(world.plan, "rev-1", world.now_s)  # asked again: nothing new
+    assert world.step(1, 1.0) == 1
+
+
+def test_a_wake_for_a_revision_without_traffic_wakes_those_that_have():
+    world = World(min=0, max=2, initial=0)
+    assert world.scaler.woken(world.plan, "rev-9", world.now_s)
+    assert world.scaler.scaled == {KEY: 1}
+
+
+def test_no_measure_is_not_zero_load():
+    world = World(min=0, max=4, concurrency=10)
+    world.step(10, 25.0)
+    before = world.replicas
+    for _ in range(30):
+        world.now_s += 1.0
+        world.scaler.tick([world.plan], world.observed(), {}, world.now_s)
+    assert world.replicas == before
+
+
+def test_the_next_supervisor_goes_on_with_the_numbers():
+    world = World(min=0, max=4, concurrency=10)
+    world.step(10, 25.0)
+    after = Scaler()
+    after.restore(world.scaler.to_dict())
+    assert after.scaled == world.scaler.scaled
+    after.tick([world.plan], world.observed(), {}, world.now_s + 1)
+    assert after.scaled == world.scaler.scaled
+
+
+def test_a_complete_rollout_starts_from_the_replicas_it_has():
+    world = World(min=0, max=4)
+    moving = World(min=0, max=4).plan
+    moving = EndpointPlan(**{**vars(moving), "rollout": Rollout("r", {"rev-2": 100})})
+    observed = Observed(tuple(ReplicaSeen(f"n{n}", "churn", "rev-2", Phase.READY, 0.0) for n in range(3)))
+    world.scaler.start(moving, observed, world.now_s)
+    assert world.scaler.scaled[("churn", "rev-2")] == 3
+
+
+def test_what_lost_its_traffic_is_forgotten():
+    world = World(min=1, max=2)
+    world.step(1, 1.0)
+    moved = EndpointPlan(**{**vars(world.plan), "traffic": {"rev-2": 100}})
+    world.scaler.tick([moved], Observed(), {}, world.now_s + 1)
+    assert KEY not in world.scaler.scaled
+    world.scaler.forget("churn")
+    assert world.scaler.scaled == {}
+    assert world.scaler.load_of("churn") == {}
+
+
+def test_the_load_is_told_in_numbers_for_people():
+    world = World(min=1, max=2)
+    world.step(6, 2.0, requests=50)
+    load = world.scaler.load_of("churn")
+    assert load["queued"] == 3
+    assert load["in_flight"] == 3
+    assert 40 <= load["rps"] <= 60
+    assert load["p50_ms"] == 2.0
+    assert "p99_ms" not in load
