@@ -72,6 +72,8 @@ class Client(RequestReader):
             self._refuse(400, "the connection ended in the middle of a request")
             self._pump()
             return True
+        if self.request is not None and self.request.queued:
+            return False  # it may be gone: what no worker has begun is not begun for it (haproxy's abortonclose)
         return self.request is not None or bool(self._waiting)  # a client may say that it sends no more, and read on
 
     def data_received(self, data: bytes) -> None:

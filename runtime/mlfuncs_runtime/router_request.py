@@ -62,7 +62,7 @@ class Plan:
             if value:
                 lines += (name, value, CRLF)
         self._first = b"".join((*lines, b"X-Request-Id: "))
-        sized = head.length or head.method in _WITH_LENGTH
+        sized = not head.chunked and (head.length or head.method in _WITH_LENGTH)
         self._last = b"\r\nContent-Length: %d\r\n\r\n" % head.length if sized else b"\r\n\r\n"
         given = head.request_id or head.traceparent or head.chunked or head.websocket or head.expects
         self.is_lasting = not given and head.keep_alive and head.minor == 1
