@@ -48,7 +48,10 @@ def invoke(url: str, body: bytes, *, token: str = "", timeout_s: float | None = 
     kind = answer.headers.get("Content-Type", "")
     if answer.status >= 400:
         raise _failure(answer.status, kind, answer.data, answer.headers.get("Retry-After"))
-    return decode(answer.data, kind)
+    try:
+        return decode(answer.data, kind)
+    except ValueError as exc:
+        raise MlfuncsError(f"the answer of {url} says it is {kind}, and is not: {exc}") from exc
 
 
 def encode(values: Mapping[str, Any] | Any) -> bytes:
@@ -71,9 +74,14 @@ def encode(values: Mapping[str, Any] | Any) -> bytes:
 
 
 def decode(body: bytes, content_type: str) -> Any:
-    """An answer's body as Python values: JSON parsed, text as str, nothing as None, other types as bytes."""
+    """An answer's body as Python values: JSON parsed, a stream of JSON lines as a list, text as str, others as bytes.
+
+    No body is None. Raises ValueError for JSON that is none.
+    """
     if not body:
         return None
+    if "ndjson" in content_type:
+        return [decode(line, "application/json") for line in body.splitlines() if line]
     if "json" in content_type:
         import orjson
 

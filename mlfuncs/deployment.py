@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mlfuncs.registry import EndpointRow, Registry, Revision
 
 DEFAULT_WAIT_S = 300.0
+STEPS = ("building the bundle", "preparing the environment", "recording the revision", "starting it")
 _OVERRIDES = ("scale", "batch", "resources", "timeout_s", "env", "secrets", "features", "labels")
 _ACCESS = ("rate_per_s", "burst", "cors_origins")
 _LIMITS = ("queue_size", "queue_bytes", "body_bytes")
@@ -90,7 +91,7 @@ def add_revision(
 
         resolve_secrets(deployment.spec.secrets, settings)
     config, digest = _pack(function, deployment, settings, registry, report)
-    report("recording the revision")
+    report(STEPS[2])
     revision = registry.endpoints.add_revision(
         deployment.name, digest, config.to_dict(), target=deployment.target, site=site_id(settings)
     )
@@ -98,7 +99,7 @@ def add_revision(
 
     def change(desired: dict[str, Any], row: EndpointRow) -> dict[str, Any]:
         traffic = shift_traffic(desired.get("traffic") or {}, revision.revision, deployment.traffic)
-        check_traffic(traffic, [r.revision for r in row.revisions], row.name)
+        traffic = check_traffic(traffic, [r.revision for r in row.revisions], row.name)
         options = {**(desired.get("options") or {})}
         for part, values in deployment.options.items():
             options[part] = {**options.get(part, {}), **values} if isinstance(values, dict) else values
@@ -144,10 +145,10 @@ def _pack(
     from mlfuncs.bundle import build_bundle, open_bundle
 
     signature = function.signature
-    report("building the bundle")
+    report(STEPS[0])
     bundle = build_bundle(function.target, function.spec, settings)
     if deployment.target == "process":
-        report("preparing the environment")
+        report(STEPS[1])
         open_bundle(bundle.digest, settings).python()
     refs: dict[str, Mapping[str, Any]] = {}
     if deployment.init:

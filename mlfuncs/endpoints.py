@@ -39,19 +39,23 @@ def deploy(function: Any, *, name: str | None = None, target: str = "process", *
     still serves then.
     """
     from mlfuncs.decorator import function_of
-    from mlfuncs.deployment import add_revision, read_options
+    from mlfuncs.deployment import STEPS, add_revision, read_options
     from mlfuncs.progress import progress
 
     function = function_of(function)
     deployment = read_options(function, name, target, options)
     settings = read_settings()
     place = open_target(target, settings)
-    with progress(f"Deploying {deployment.name}") as bar:
-        report: Callable[[str], None] = lambda note: bar.update(note=note)  # noqa: E731
+    with progress(f"Deploying {deployment.name}", total=len(STEPS)) as bar:
+
+        def report(note: str) -> None:
+            bar.update(note=note, done=STEPS.index(note) if note in STEPS else None)
+
         row, revision, rollout = add_revision(function, deployment, settings, report)
+        report(STEPS[-1])
         place.apply(row)
         place.wait(row, rollout, deployment.wait_s, report)
-        report(f"{revision.revision} serves")
+        bar.update(note=f"{revision.revision} serves", done=len(STEPS))
     return Endpoint(deployment.name, settings, revision=revision.revision, parameters=_parameters(row))
 
 

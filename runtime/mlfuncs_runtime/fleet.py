@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
@@ -80,7 +81,7 @@ class Fleet:
             self._zygotes.adopt(values)
         for values in state.get("replicas") or ():
             self._workers.adopt(values)
-        for values in state.get("failures") or ():
+        for values in state.get("failures") or ():  # times before a reboot lie in the future of this clock
             self.books.failures[(values["endpoint"], values["revision"])] = Failures(
-                values["count"], values["last_s"], values["reason"]
+                values["count"], min(values["last_s"], time.monotonic()), values["reason"]
             )

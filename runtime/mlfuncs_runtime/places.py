@@ -51,6 +51,11 @@ class Places:
         return self.run / "router.json"
 
     @property
+    def routes_json(self) -> Path:
+        """The router's table, for the next router."""
+        return self.run / "routes.json"
+
+    @property
     def configs(self) -> Path:
         """Documents that workers and zygotes read at start."""
         return self.run / "configs"
@@ -102,7 +107,7 @@ def remove_sockets(places: Places) -> None:
     for path in places.sockets.glob("*.sock"):
         path.unlink(missing_ok=True)
     shutil.rmtree(places.configs, ignore_errors=True)
-    for path in (places.router_json, places.state):
+    for path in (places.router_json, places.routes_json, places.state):
         path.unlink(missing_ok=True)
     if places.sockets != places.run:
         with contextlib.suppress(OSError):

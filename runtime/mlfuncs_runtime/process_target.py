@@ -159,7 +159,7 @@ class ProcessTarget:
             line = file.readline() if ready else b""
         child.wait()  # the supervisor itself is a child of that one, so that none of ours is left as a zombie
         answer = json.loads(line) if line else {}
-        if answer and not (answer["already_runs"] and self._answers_soon(5.0)):  # another process was quicker
+        if answer and not (answer["already_runs"] and self._answers_soon(START_S)):  # another process was quicker
             raise error_of(answer["error"], answer["message"])
         if not self._answers_soon(2.0):
             raise Unavailable(f"the supervisor did not start; see {self._places.logs / 'supervisor.log'}")

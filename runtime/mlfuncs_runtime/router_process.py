@@ -136,7 +136,7 @@ class RouterProcess:
             *("--socket-fd", str(descriptor)),
             *("--control", str(self._places.router_socket)),
             *("--supervisor", str(self._places.supervisor_socket)),
-            *("--state", str(self._places.run / "routes.json")),
+            *("--state", str(self._places.routes_json)),
         )
         env = {**os.environ, **self._settings.to_environ()}
         log_path = self._places.logs / "router.log"

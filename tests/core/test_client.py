@@ -59,7 +59,7 @@ class Server:
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.http.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.http.server_port}/churn"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
 
 
 @pytest.fixture
@@ -181,6 +181,17 @@ def test_other_content_is_given_as_it_is(server: Server):
     assert client.invoke(server.url, b"{}") == "é"
     server.reply = lambda _handler, _body: (200, {}, b"")
     assert client.invoke(server.url, b"{}") is None
+
+
+def test_a_stream_of_json_lines_is_a_list(server: Server):
+    server.reply = lambda _handler, _body: (200, {"Content-Type": "application/x-ndjson"}, b'{"a": 1}\n2\n')
+    assert client.invoke(server.url, b"{}") == [{"a": 1}, 2]
+
+
+def test_broken_json_is_an_error_of_ours(server: Server):
+    server.reply = lambda _handler, _body: (200, {"Content-Type": "application/json"}, b"{")
+    with pytest.raises(MlfuncsError, match="and is not"):
+        client.invoke(server.url, b"{}")
 
 
 def test_no_answer_in_time_is_a_deadline(server: Server):
