@@ -21,8 +21,9 @@ from typing import Any
 from mlfuncs.errors import NotFound, Unavailable
 from mlfuncs_runtime.exchange import JSON, Exchange, Receive, Scope, Send
 from mlfuncs_runtime.failures import ChosenStatus, internal_failure
-from mlfuncs_runtime.handlers import Handler, make_handler
+from mlfuncs_runtime.handlers import Handler, ItemSignature, make_handler
 from mlfuncs_runtime.invocation import AppOptions, Invocation
+from mlfuncs_runtime.streaming import EVENTS, NDJSON
 from mlfuncs_runtime.worker_metrics import CONTENT_TYPE as METRICS_TYPE
 from mlfuncs_runtime.worker_metrics import WorkerMetrics
 
@@ -209,9 +210,18 @@ class WorkerApp:
     def _document(self) -> dict[str, Any]:
         from mlfuncs.openapi import openapi
 
-        return openapi(
-            self.handler.signature, self.options.name, self.options.version, self.handler.owner.__doc__ or ""
-        )
+        handler, options = self.handler, self.options
+        doc = handler.owner.__doc__ or ""
+        if not handler.style.endswith("stream"):
+            return openapi(handler.signature, options.name, options.version, doc)
+        signature: Any = ItemSignature(handler)
+        document: dict[str, Any] = openapi(signature, options.name, options.version, doc)
+        for path in document["paths"].values():
+            answer = path["post"]["responses"]["200"]
+            item = answer["content"]["application/json"]
+            answer["content"] = {NDJSON.decode(): item, EVENTS.decode(): item}
+            answer["description"] = "One item after the other."
+        return document
 
     @cached_property
     def _openapi(self) -> bytes:

@@ -201,7 +201,9 @@ class ThreadCalls:
             self._loop.call_soon_threadsafe(callback)
 
     async def run(self, call: Callable[[], Any], context: RequestContext) -> Any:
-        """Queue the call and wait for its result, at most until the deadline."""
+        """The call's result, made at once while inline, else queued and waited for until the deadline."""
+        if self.inline:
+            return self.run_inline(call, {}, context)
         if self.waiting >= self._queue_size:
             raise Overloaded(f"{self.waiting} requests wait for this worker already; try again later")
         loop = asyncio.get_running_loop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import math
@@ -10,7 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
-from mlfuncs.errors import InvalidInput, MlfuncsError, Overloaded, TooLarge, Unavailable
+from mlfuncs.errors import DeadlineExceeded, InvalidInput, MlfuncsError, Overloaded, TooLarge, Unavailable
 from mlfuncs.request_context import RequestContext
 from mlfuncs_runtime.shortcut import arrived_body, cycle_of, write_answer
 
@@ -96,7 +97,12 @@ class Exchange(RequestContext):
             chunks.append(chunk)
             if not message.get("more_body"):
                 return b"".join(chunks)
-            message = await self.receive()
+            try:
+                async with asyncio.timeout(max(0.0, self.remaining_s())):
+                    message = await self.receive()
+            except TimeoutError as exc:
+                self.close = True
+                raise DeadlineExceeded(f"the body did not arrive in time: {size} bytes came") from exc
 
     def _too_large(self, limit: int) -> TooLarge:
         self.close = True  # the rest of the body is not read

@@ -8,6 +8,7 @@ process when the call does not come back, so that the supervisor replaces it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ import select
 import socket
 import threading
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from mlfuncs_runtime.calls import too_late
@@ -24,15 +26,23 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("mlfuncs.worker")
 _LOOK_S = 0.25
+_STALL_S = 0.5  # guess: a busy machine keeps a healthy loop waiting for less
 _EXIT_STUCK = 70
-_REQUEST_MAX = 16_384
+_REQUEST_MAX = 4096  # bytes looked at, for the request line
+_HEALTH = (b"/-/live", b"/-/healthz", b"/-/ready")
 
 
 class Guard:
     """Watches one application's loop from a daemon thread."""
 
-    def __init__(self, app: WorkerApp, listener: socket.socket, loop: asyncio.AbstractEventLoop) -> None:
-        self._app, self._listener, self._loop = app, listener, loop
+    def __init__(
+        self,
+        app: WorkerApp,
+        listener: socket.socket,
+        loop: asyncio.AbstractEventLoop,
+        adopt: Callable[[socket.socket], None],
+    ) -> None:
+        self._app, self._listener, self._loop, self._adopt = app, listener, loop, adopt
         self._stopped = threading.Event()
         self._beat = time.monotonic()  # when the loop last ran our callback
         self._asked = False
@@ -55,14 +65,14 @@ class Guard:
             if not self._asked:
                 self._asked, self._beat = True, time.monotonic()
                 self._loop.call_soon_threadsafe(self._on_beat)
-            elif time.monotonic() - self._beat > 2 * _LOOK_S:
+            elif time.monotonic() - self._beat > _STALL_S:
                 self._stand_in(self._beat)
 
     def _on_beat(self) -> None:
         self._beat, self._asked = time.monotonic(), False
 
     def _stand_in(self, since: float) -> None:
-        """Answer new connections until the loop runs again, or the process is beyond hope."""
+        """Answer health checks until the loop runs again, or the process is beyond hope."""
         options = self._app.options
         while self._asked and not self._stopped.is_set():
             running = getattr(self._app.invocation.calls, "running_inline", None)
@@ -81,21 +91,28 @@ class Guard:
                 self._answer_one(blocked=late_s > 0)
 
     def _answer_one(self, blocked: bool) -> None:
+        """Answer a new connection's health check; any other connection waits for the loop, untouched."""
         try:
             connection, _ = self._listener.accept()
         except OSError:  # the loop was faster, or the listener is closed
             return
-        with connection:
-            connection.settimeout(1.0)
-            try:
-                head = connection.recv(_REQUEST_MAX).split(b" ", 2)
-                connection.sendall(self._stand_in_answer(head, blocked))
-            except OSError:
+        try:
+            connection.settimeout(_LOOK_S)
+            head = connection.recv(_REQUEST_MAX, socket.MSG_PEEK).split(b" ", 2)
+            if head[0] == b"GET" and len(head) > 1 and head[1] in _HEALTH:
+                connection.sendall(self._health(head[1], blocked))
+                connection.close()
                 return
+        except TimeoutError:
+            pass
+        except OSError:
+            connection.close()
+            return
+        with contextlib.suppress(RuntimeError):  # the loop has been closed
+            self._loop.call_soon_threadsafe(self._adopt, connection)
 
-    def _stand_in_answer(self, head: list[bytes], blocked: bool) -> bytes:
-        path = head[1] if len(head) > 1 else b""
-        if path in (b"/-/live", b"/-/healthz") or (path == b"/-/ready" and not blocked and not self._app.unready_reason()):
+    def _health(self, path: bytes, blocked: bool) -> bytes:
+        if path != b"/-/ready" or not (blocked or self._app.unready_reason()):
             return _plain(b"200 OK", b"application/json", b'{"busy":true}')
         problem = {
             "type": "about:blank",

@@ -6,7 +6,7 @@ import contextlib
 import inspect
 from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from mlfuncs.decorator import Function
 from mlfuncs.errors import InvalidInput, SpecError
@@ -90,14 +90,26 @@ def _style(call: Callable[..., Any]) -> Style:
     return "async" if inspect.iscoroutinefunction(inner) else "sync"
 
 
-def item_dumper(handler: Handler) -> Callable[[Any], bytes]:
-    """Encodes one item of a streaming handler: by the T of its `Iterator[T]`, else as any JSON value."""
-    from typing import get_args, get_origin
+class ItemSignature:
+    """A streaming handler's signature with one item in the place of its whole result."""
 
-    from mlfuncs.validation import Writer
+    def __init__(self, handler: Handler) -> None:
+        from mlfuncs.validation import Writer
 
-    returns = handler.signature.returns
-    origin = get_origin(returns)
-    is_stream = inspect.isclass(origin) and issubclass(origin, Iterable | AsyncIterable)
-    item = get_args(returns)[0] if is_stream and get_args(returns) else Any
-    return Writer(f"one item of {handler.name}", item).write
+        returns = handler.signature.returns
+        origin = get_origin(returns)
+        is_stream = inspect.isclass(origin) and issubclass(origin, Iterable | AsyncIterable)
+        item = get_args(returns)[0] if is_stream and get_args(returns) else Any
+        self._signature = handler.signature
+        self._writer = Writer(f"one item of {handler.name}", item)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._signature, name)
+
+    def output_schema(self) -> dict[str, Any]:
+        """The JSON Schema of one item: the T of `Iterator[T]`, else any value."""
+        return dict(self._writer.schema)
+
+    def dump_json(self, value: Any) -> bytes:
+        """One item as JSON. Raises InvalidInput when it is of another type."""
+        return self._writer.write(value)

@@ -20,7 +20,7 @@ from mlfuncs_runtime.batching import row_plan
 from mlfuncs_runtime.calls import AsyncCalls, ThreadCalls
 from mlfuncs_runtime.exchange import JSON, Exchange
 from mlfuncs_runtime.failures import bad_result, handler_failure
-from mlfuncs_runtime.handlers import Handler, item_dumper
+from mlfuncs_runtime.handlers import Handler, ItemSignature
 from mlfuncs_runtime.streaming import iterate, iterate_async, stream
 from mlfuncs_runtime.worker_metrics import WorkerMetrics
 
@@ -62,7 +62,7 @@ class Invocation:
         self._call = handler.call
         self._body_bytes = options.body_bytes
         self._quick = returns if (returns := handler.signature.returns) in _QUICK else None
-        self._dump = item_dumper(handler) if self._streams else handler.signature.dump_json
+        self._dump = ItemSignature(handler).dump_json if self._streams else handler.signature.dump_json
 
     async def call(self, values: Mapping[str, Any], exchange: Exchange) -> Any:
         """The handler's result for named values, alone or in a batch. Raises what the caller is to be told."""

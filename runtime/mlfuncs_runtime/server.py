@@ -87,6 +87,7 @@ class Service:
         self.on_ready: Any = lambda: None
         self._loop = uvloop.new_event_loop()
         self._server: _Server | None = None
+        self._joining: set[asyncio.Task[Any]] = set()
         self._config = uvicorn.Config(
             app,
             http="httptools",
@@ -107,7 +108,7 @@ class Service:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         self.app.on_stuck = self._on_stuck
-        guard = Guard(self.app, self.listener.dup(), self._loop)
+        guard = Guard(self.app, self.listener.dup(), self._loop, self._adopt)
         guard.start()
         calls = self.app.invocation.calls
         if isinstance(calls, ThreadCalls):
@@ -127,6 +128,23 @@ class Service:
         last = threading.Timer(1.0, os._exit, [0])
         last.daemon = True
         last.start()
+
+    def _adopt(self, connection: socket.socket) -> None:
+        """Serve a connection that the guard accepted while the loop stood still."""
+        if self._server is None or self._server.should_exit:
+            connection.close()
+            return
+        connection.setblocking(False)
+        joining = self._loop.create_task(self._loop.connect_accepted_socket(self._protocol, connection))
+        self._joining.add(joining)
+        joining.add_done_callback(self._joining.discard)
+
+    def _protocol(self) -> asyncio.Protocol:
+        assert self._server is not None
+        make: Any = self._config.http_protocol_class
+        state = self._server.server_state
+        made: asyncio.Protocol = make(config=self._config, server_state=state, app_state={}, _loop=self._loop)
+        return made
 
     def _on_signal(self, _number: int, _frame: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed already

@@ -361,6 +361,31 @@ def test_the_pages_describe_the_function() -> None:
     assert ask(add, method="HEAD", path="/docs").body == b""
 
 
+@pytest.mark.parametrize("target", [numbers, numbers_later])
+def test_a_streaming_function_has_pages_too(target: Any) -> None:
+    assert ask(target, method="GET", path="/openapi.json").status == 200
+    assert ask(target, method="GET", path="/docs").status == 200
+
+
+def test_a_body_that_stops_coming_is_a_504_and_closes_the_connection() -> None:
+    async def scenario() -> list[Any]:
+        incoming = [{"type": "http.request", "body": b'{"x"', "more_body": True}]
+        sent: list[Any] = []
+
+        async def receive() -> Any:
+            return incoming.pop() if incoming else await asyncio.Event().wait()
+
+        async def collect(message: Any) -> None:
+            sent.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": "/", "headers": [], "query_string": b""}
+        await make_app(add, AppOptions(timeout_s=0.05))(scope, receive, collect)
+        return sent
+
+    head = asyncio.run(scenario())[0]
+    assert head["status"] == 504 and (b"connection", b"close") in head["headers"]
+
+
 def test_metrics_count_requests_by_status() -> None:
     async def scenario() -> str:
         app = make_app(add, AppOptions(labels={"endpoint": 'odd"name'}))

@@ -24,6 +24,7 @@ from mlfuncs.settings import Settings
 from mlfuncs.spec import Resources
 from mlfuncs_runtime.worker_config import WorkerConfig
 
+JSON_TYPE = {"Content-Type": "application/json"}
 ROOT = Path(__file__).parents[2]
 
 
@@ -158,6 +159,15 @@ def test_finishes_a_request_in_flight_after_sigterm_and_closes_its_connection(st
     assert worker.process.wait(5) == 0
 
 
+def test_streams_on_while_its_quick_steps_move_onto_the_loop(start: Any) -> None:
+    def count(n: int):
+        yield from range(n)
+
+    worker = start(count).wait_ready()
+    for _ in range(3):
+        assert worker.request("POST", "/", {"n": 500})[2] == b"".join(b"%d\n" % n for n in range(500))
+
+
 def test_constructs_a_class_once_with_the_artifacts_bound_at_deploy(start: Any) -> None:
     class Scorer:
         def __init__(self, weights: list[float]) -> None:
@@ -208,6 +218,24 @@ def test_a_quick_handler_that_hangs_inline_gets_a_504_and_the_health_check_still
         assert (answer.status, json.loads(answer.read())["request_id"]) == (504, "hung")
     assert worker.status("/-/ready") in (503, 0)
     assert worker.process.wait(6) == 70
+
+
+def test_requests_that_come_while_the_loop_stands_still_are_answered_when_it_goes_on(start: Any) -> None:
+    async def blocks(x: float) -> float:
+        import time
+
+        time.sleep(x)  # a mistake that users make
+        return x
+
+    worker = start(blocks).wait_ready()
+    connections = [UnixConnection(worker.config.socket) for _ in range(4)]
+    for connection in connections:
+        connection.request("POST", "/", '{"x": 1.2}' if connection is connections[0] else '{"x": 0}', JSON_TYPE)
+        time.sleep(0.2)  # the later ones meet the standing loop, and then the guard
+    assert worker.status("/-/live") == 200
+    assert [connection.getresponse().status for connection in connections] == [200] * 4
+    for connection in connections:
+        connection.close()
 
 
 def test_logs_prints_and_tracebacks_as_json_with_the_request_id_and_without_secrets(
