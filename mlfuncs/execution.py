@@ -8,18 +8,18 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import Awaitable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 from mlfuncs.errors import InvalidInput
+from mlfuncs.outputs import encode_outputs
 from mlfuncs.signature import function_kind
 from mlfuncs.spec import FunctionSpec
-from mlfuncs.tracking import ActiveRun, activate, log_metric
+from mlfuncs.tracking import ActiveRun, activate
 from mlfuncs.usage import Meter
-from mlfuncs.values import encode
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def execute(target: Any, values: Mapping[str, Any], returns: Any, spec: Function
     outputs: dict[str, Any] = {}
     with activate(run), _environment(spec.env):
         try:
-            outputs = _encode_outputs(invoke(target, values), returns, run)
+            outputs = encode_outputs(invoke(target, values), returns, run.settings)
         except BaseException as exc:  # noqa: BLE001 - a user's function may raise anything, SystemExit included
             raised = exc.with_traceback(_users_part(exc.__traceback__))
     used = meter.read()
@@ -54,7 +54,10 @@ def execute(target: Any, values: Mapping[str, Any], returns: Any, spec: Function
 
 
 def invoke(target: Any, values: Mapping[str, Any]) -> Any:
-    """The result of a function, of a class's instance made without arguments, or of a coroutine function."""
+    """The result of a function, of a class's instance made without arguments, or of a coroutine function.
+
+    What a generator yields comes back as a list: the call is over when the last item is there.
+    """
     kind = function_kind(target)
     if kind == "nuclio":
         raise InvalidInput(f"{target.__name__} is a Nuclio handler, which has no parameters to run with: deploy it")
@@ -62,7 +65,15 @@ def invoke(target: Any, values: Mapping[str, Any]) -> Any:
         _check_constructor(target)
         target = target()
     result = target(**values)
-    return _run_coroutine(result) if inspect.isawaitable(result) else result
+    if inspect.isawaitable(result):
+        result = _run_coroutine(result)
+    if inspect.isasyncgen(result):
+        return _run_coroutine(_collect(result))
+    return list(result) if inspect.isgenerator(result) else result
+
+
+async def _collect(items: AsyncIterator[Any]) -> list[Any]:
+    return [item async for item in items]
 
 
 def describe_error(error: BaseException, secrets: Mapping[str, str]) -> dict[str, str]:
@@ -85,36 +96,6 @@ def _status(raised: BaseException | None) -> str:
     if raised is None:
         return "succeeded"
     return "cancelled" if isinstance(raised, KeyboardInterrupt) else "failed"
-
-
-def _encode_outputs(result: Any, returns: Any, run: ActiveRun) -> dict[str, Any]:
-    """The outputs by name: a NamedTuple's fields, else "output"; none for None."""
-    names = getattr(type(result), "_fields", None)
-    if result is None:
-        return {}
-    if isinstance(result, tuple) and names is not None:
-        hints = getattr(type(result), "__annotations__", {})
-        named = {name: (value, hints.get(name)) for name, value in zip(names, result, strict=True)}
-    else:
-        named = {"output": (result, None if returns in (Any, inspect.Signature.empty) else returns)}
-    for value, _hint in named.values():
-        _log_metrics_value(value)
-    return {name: encode(value, _usable(hint), run.settings) for name, (value, hint) in named.items()}
-
-
-def _usable(hint: Any) -> Any:
-    return None if isinstance(hint, str) or hint is Any else hint
-
-
-def _log_metrics_value(value: Any) -> None:
-    """Returned metrics count as logged, so that runs compare by them."""
-    from mlfuncs.results import ClassificationMetrics, Metrics
-
-    if isinstance(value, Metrics):
-        for name, number in value.items():
-            log_metric(name, number)
-    elif isinstance(value, ClassificationMetrics) and value.auc is not None:
-        log_metric("auc", value.auc)
 
 
 def _check_constructor(target: type) -> None:

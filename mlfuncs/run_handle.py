@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlfuncs.display import card_html, fold_html, format_duration, format_time, table_html
 from mlfuncs.errors import Conflict, DeadlineExceeded, MlfuncsError, NotFound
+from mlfuncs.outputs import Outputs
 from mlfuncs.reconciling import reconcile
 from mlfuncs.recorder import recorder
 from mlfuncs.registry import MetricPoint, Registry, RunContents, RunRow
@@ -65,15 +66,18 @@ class Run:
         return dict(self._read().params)
 
     @property
-    def outputs(self) -> dict[str, Any]:
-        """What the function returned: one `Artifact` or plain value per field of a NamedTuple, else "output"."""
-        return self._handles("output")
+    def outputs(self) -> Outputs:
+        """What the function returned, by name, as `Artifact` or plain value; see `mlfuncs.outputs` for the names.
+
+        A logged artifact is found by its name too when no output has it: `run.outputs["model"]`.
+        """
+        return Outputs(self._handles("output"), self._handles("logged"))
 
     @property
     def output(self) -> Any:
-        """The one value that the function returned, loaded; a dict of them for a NamedTuple, None for none."""
+        """What the function returned, loaded; a dict when it has named outputs, None when it returned nothing."""
         values = {name: getattr(value, "load", lambda v=value: v)() for name, value in self.outputs.items()}
-        return values if len(values) > 1 else next(iter(values.values()), None)
+        return values.get("output") if list(values) in (["output"], []) else values
 
     @property
     def metrics(self) -> dict[str, float]:

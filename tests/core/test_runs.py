@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import datetime
 import enum
 import io
 import json
@@ -14,12 +15,14 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.linear_model import LinearRegression
 
 import mlfuncs as ml
 from mlfuncs.comparison import prefers_lower
@@ -117,6 +120,66 @@ class TestInline:
         assert ml.run(plain).outputs["output"] == {"a": [1, None, True, 2.5, "x"], "b": {}}
         assert ml.run(lambda: 2**60).output == 2**60
         assert ml.run(function).output == function()
+
+    def test_a_dict_with_more_than_json_in_it_is_an_output_per_key(self):
+        def train() -> dict:
+            model = LinearRegression().fit([[0.0], [1.0]], [0.0, 1.0])
+            return {
+                "model": model,
+                "auc": np.float64(0.9),
+                "curve": [np.float32(0.5)],
+                "when": datetime.date(2024, 1, 2),
+            }
+
+        run = ml.run(train)
+        assert list(run.outputs) == ["model", "auc", "curve", "when"]
+        assert run.outputs["model"].kind == "model"
+        assert (run.outputs["auc"], run.outputs["curve"]) == (0.9, [0.5])
+        assert run.output["when"] == datetime.date(2024, 1, 2)
+        assert ml.run(lambda: {"model": pd.DataFrame({"a": [1]})}).output["model"]["a"].tolist() == [1]
+
+    def test_a_dict_of_plain_json_is_one_output_whatever_its_size(self):
+        for size in (1, 5000):
+            run = ml.run(lambda n=size: {"auc": np.float64(0.5), "rows": list(range(n)), "ok": np.bool_(True)})
+            assert list(run.outputs) == ["output"]
+            assert run.output == {"auc": 0.5, "rows": list(range(size)), "ok": True}
+
+    def test_numpys_numbers_are_plain_unless_hinted_so(self):
+        assert ml.run(lambda: np.float32(0.5)).outputs == {"output": 0.5}
+
+        def exact() -> np.float32:
+            return np.float32(0.1)
+
+        assert ml.run(exact).output.dtype == np.float32
+        assert ml.run(lambda: np.datetime64("2024-01-02T00:00:00", "ns")).output.dtype.kind == "M"
+
+    def test_a_logged_artifact_is_found_among_the_outputs_where_no_output_has_its_name(self):
+        def train() -> dict:
+            ml.log_artifact("model", pd.DataFrame({"a": [1]}))
+            ml.log_artifact("auc", pd.DataFrame())
+            return {"auc": 0.5, "curve": np.arange(3)}
+
+        outputs = ml.run(train).outputs
+        assert outputs["model"].load()["a"].tolist() == [1] and outputs["auc"] == 0.5
+        assert list(outputs) == ["auc", "curve"] and "model" in outputs and outputs.get("nothing") is None
+        for kind in (KeyError, NotFound):
+            with pytest.raises(kind, match="no output is named 'modle'; did you mean 'model'"):
+                outputs["modle"]
+
+    def test_a_generator_is_run_to_its_end_and_its_items_are_a_list(self):
+        def numbers(n: int) -> Iterator[int]:
+            for i in range(n):
+                ml.log_metric("i", i)
+                yield i
+
+        async def later(n: int) -> AsyncIterator[int]:
+            for i in range(n):
+                await asyncio.sleep(0)
+                yield i
+
+        run = ml.run(numbers, {"n": 3})
+        assert (run.output, run.metrics) == ([0, 1, 2], {"i": 2})
+        assert ml.run(later, {"n": 3}).output == [0, 1, 2]
 
     def test_wrong_arguments_start_no_run(self):
         with pytest.raises(InvalidInput, match="x"):
