@@ -47,6 +47,16 @@ def install(python: Path, pins: Sequence[str], settings: Settings) -> None:
         _run(["pip", "install", "--quiet", "--python", str(python), "--no-deps", "-r", str(file)], settings, pins)
 
 
+def install_into(folder: Path, pins: Sequence[str], python: str, platform: str, settings: Settings) -> None:
+    """Install exactly `pins` into a plain folder, for Python `python` (e.g. "3.11") on uv's `platform`."""
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "requirements.txt"
+        file.write_text("".join(f"{line}\n" for line in pins))
+        arguments = ["pip", "install", "--quiet", "--target", str(folder), "--no-deps", "--link-mode", "copy"]
+        arguments += ["--python", sys.executable, "--python-version", python, "--python-platform", platform]
+        _run([*arguments, "-r", str(file)], settings, pins)
+
+
 def check_import(python: Path) -> None:
     """Check that an environment can run functions. Raises EnvironmentFailed."""
     code = "import mlfuncs.bundle, mlfuncs.packing"

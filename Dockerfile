@@ -1,0 +1,50 @@
+# The base image of every function: Python, mlfuncs and what it needs to serve; no function, no compiler, no index, no
+# proxy and no certificate of the machine that built it. `mlfuncs build` puts a function's wheels and bundle on top.
+#
+#   docker build --build-arg PYTHON_IMAGE=python:3.11-slim --tag mlfuncs/base .
+ARG PYTHON_IMAGE=python:3.11-slim
+
+FROM ${PYTHON_IMAGE} AS build
+# Settings of pip for this stage alone: an index of your own, its certificates. Nothing of it reaches the image.
+ARG PIP_INDEX_URL
+ARG PIP_TRUSTED_HOST
+ARG PIP_CERT
+RUN ["python", "-m", "venv", "/opt/mlfuncs"]
+WORKDIR /src
+# certificates.pem is there when the building machine has authorities of its own; it stays in this stage.
+COPY pyproject.toml certificates.pe[m] ./
+RUN ["python", "-c", "import pathlib, tomllib; lines = tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies']; pathlib.Path('core.txt').write_text('\\n'.join(line for line in lines if not line.startswith('uv>')))"]
+RUN ["/opt/mlfuncs/bin/python", "-m", "pip", "install", "--no-cache-dir", "--disable-pip-version-check", "--quiet", "hatchling>=1.25", "--target", "/build"]
+RUN ["/opt/mlfuncs/bin/python", "-m", "pip", "install", "--no-cache-dir", "--disable-pip-version-check", "--quiet", "-r", "core.txt"]
+COPY README.md LICENSE ./
+COPY mlfuncs mlfuncs
+COPY runtime runtime
+COPY pipelines pipelines
+COPY featurestore featurestore
+RUN ["/usr/bin/env", "PYTHONPATH=/build", "/opt/mlfuncs/bin/python", "-m", "pip", "install", "--no-cache-dir", "--disable-pip-version-check", "--quiet", "--no-build-isolation", "--no-deps", "."]
+RUN ["/opt/mlfuncs/bin/python", "-m", "pip", "uninstall", "--quiet", "--yes", "setuptools", "pip"]
+
+FROM ${PYTHON_IMAGE}
+ARG VERSION=0.1.0
+ARG REVISION=
+LABEL org.opencontainers.image.title="mlfuncs base" \
+      org.opencontainers.image.description="Serves an mlfuncs function" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}"
+COPY --from=build /opt/mlfuncs /opt/mlfuncs
+# The root file system may be read-only: all that is written goes to /tmp. The user has a number and no name.
+ENV PATH=/opt/mlfuncs/bin:/usr/local/bin:/usr/bin:/bin \
+    HOME=/tmp \
+    USER=mlfuncs \
+    MLFUNCS_HOME=/tmp/mlfuncs \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1
+USER 10001:10001
+WORKDIR /tmp
+EXPOSE 8080
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 \
+    CMD ["/opt/mlfuncs/bin/python", "-P", "-m", "mlfuncs_runtime.container", "--check"]
+# The process with id 1 passes signals on, reaps orphans, and ends as the worker ends.
+ENTRYPOINT ["/opt/mlfuncs/bin/python", "-P", "-m", "mlfuncs_runtime.container"]

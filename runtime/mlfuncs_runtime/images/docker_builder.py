@@ -1,0 +1,160 @@
+"""The Docker Engine as an image builder: loads what was assembled here, and builds the base from the Dockerfile."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import docker
+from docker.errors import APIError, BuildError, DockerException, ImageNotFound
+
+from mlfuncs.errors import EnvironmentFailed, Forbidden, MlfuncsError, NotFound, Unavailable
+from mlfuncs.settings import Settings
+from mlfuncs_runtime.images.base import BaseSource, find_source
+from mlfuncs_runtime.images.builder import BuiltImage, Report
+from mlfuncs_runtime.images.image import BaseImage, Image, layers_in, write_archive
+from mlfuncs_runtime.images.layers import write_layer
+
+_TIMEOUT_S = 900  # of one call: the base's first build downloads
+_USEFUL_LINES = 8
+
+
+class DockerBuilder:
+    """Images in the Docker Engine that the environment names (DOCKER_HOST, else the local socket)."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        with _translated("the Docker Engine"):
+            self._client = docker.from_env(timeout=_TIMEOUT_S)
+            self._client.ping()
+
+    def base(self, report: Report) -> BaseImage:
+        """The base that the settings name, else the one of this release's Dockerfile, built when it is not there."""
+        if self._settings.base_image:
+            return self._inspect(self._pulled(self._settings.base_image, report))
+        source = find_source()
+        python = self._inspect(self._pulled(source.python_image, report))
+        tag = source.tag(python.id)
+        if not self.has(tag):
+            report(f"building the base image {tag}")
+            self._build(source, tag)
+        return self._inspect(tag)
+
+    def store(self, image: Image, tags: Sequence[str]) -> BuiltImage:
+        """Load the image. Only layers that the engine may not have are sent; all of them when it wants that."""
+        with tempfile.TemporaryDirectory(prefix="mlfuncs-image-") as folder:
+            try:
+                self._load(image, tags, {}, Path(folder))
+            except (APIError, DockerException, MlfuncsError):
+                self._load(image, tags, self._base_layers(image.base, Path(folder)), Path(folder))
+        return BuiltImage(
+            tags[0],
+            image.id,
+            image.base.size_bytes + sum(layer.size_bytes for layer in image.layers),
+            sum(layer.size_bytes for layer in image.layers),
+        )
+
+    def has(self, reference: str) -> bool:
+        """Whether the engine has an image of that name."""
+        try:
+            with _translated(reference):
+                self._client.images.get(reference)
+        except NotFound:
+            return False
+        return True
+
+    def push(self, reference: str, report: Report) -> str:
+        """Push with the logins of the Docker client's own config. Raises Forbidden when the registry refuses."""
+        name, _, tag = reference.rpartition(":")
+        report(f"pushing {reference}")
+        with _translated(reference):
+            for line in self._client.images.push(name, tag=tag, stream=True, decode=True):
+                if "error" in line:
+                    raise _refused(reference, str(line["error"]))
+            digests: list[str] = self._client.images.get(reference).attrs.get("RepoDigests") or []
+        return next((digest for digest in digests if digest.startswith(f"{name}@")), "")
+
+    def _load(self, image: Image, tags: Sequence[str], base_layers: dict[str, Path], folder: Path) -> None:
+        path = folder / "image.tar"
+        with path.open("wb") as file:
+            write_archive(image, tags, file, base_layers)
+        with path.open("rb") as file:
+            loaded = self._client.images.load(file)
+        if image.id not in [found.id for found in loaded]:
+            raise Unavailable(f"the Docker Engine loaded {[found.id for found in loaded]} instead of {image.id}")
+
+    def _base_layers(self, base: BaseImage, folder: Path) -> dict[str, Path]:
+        saved = folder / "base.tar"
+        with _translated(base.name), saved.open("wb") as file:
+            for chunk in self._client.images.get(base.id).save():
+                file.write(chunk)
+        with saved.open("rb") as file:
+            layers = layers_in(file, base.diff_ids, folder)
+        saved.unlink()
+        return layers
+
+    def _pulled(self, name: str, report: Report) -> str:
+        if not self.has(name):
+            report(f"pulling {name}")
+            with _translated(name):
+                self._client.images.pull(name)
+        return name
+
+    def _inspect(self, name: str) -> BaseImage:
+        with _translated(name):
+            found: dict[str, Any] = self._client.images.get(name).attrs
+        return BaseImage(
+            name,
+            found["Id"],
+            tuple(found["RootFS"]["Layers"]),
+            found["Config"],
+            found["Architecture"],
+            int(found["Size"]),
+        )
+
+    def _build(self, source: BaseSource, tag: str) -> None:
+        with tempfile.TemporaryDirectory(prefix="mlfuncs-base-") as folder:
+            context = write_layer(source.context(), Path(folder))
+            with context.path.open("rb") as file, _translated(tag):
+                lines = self._client.api.build(
+                    fileobj=file, custom_context=True, tag=tag, buildargs=source.arguments(self._settings),
+                    rm=True, forcerm=True, decode=True,
+                )  # fmt: skip
+                _check_build(list(lines), tag)
+
+
+def _check_build(lines: list[dict[str, Any]], tag: str) -> None:
+    failed = next((line for line in lines if "error" in line), None)
+    if failed is None:
+        return
+    said = "".join(str(line.get("stream", "")) for line in lines).strip().splitlines()[-_USEFUL_LINES:]
+    raise EnvironmentFailed(
+        f"the base image {tag} cannot be built: {failed['error']}; its last lines: {' | '.join(said)}; a private "
+        "index is set with MLFUNCS_UV_INDEX_URL, a proxy with HTTPS_PROXY, certificates with SSL_CERT_FILE"
+    )
+
+
+def _refused(reference: str, reason: str) -> MlfuncsError:
+    if any(word in reason for word in ("denied", "unauthorized", "authentication")):
+        return Forbidden(f"the registry refuses {reference}: {reason}; run 'docker login' for it")
+    return Unavailable(f"{reference} cannot be pushed: {reason}")
+
+
+@contextlib.contextmanager
+def _translated(what: str) -> Iterator[None]:
+    """Docker's errors as ours."""
+    try:
+        yield
+    except ImageNotFound as exc:
+        raise NotFound("image", what, hint="; pull it, or set MLFUNCS_BASE_IMAGE") from exc
+    except (APIError, BuildError) as exc:
+        reason = str(getattr(exc, "explanation", None) or exc)
+        raise _refused(what, reason) from exc
+    except (DockerException, OSError) as exc:
+        raise Unavailable(
+            f"no Docker Engine answers ({exc}): start it ('scripts/docker-engine' installs one), add this user to the "
+            "group 'docker', or set DOCKER_HOST"
+        ) from exc
