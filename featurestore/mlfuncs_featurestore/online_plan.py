@@ -167,7 +167,7 @@ class OnlinePlan:
         return columns
 
     def keys(self, columns: Mapping[str, Any]) -> list[bytes]:
-        """The Redis keys to read: those of the first view, then of the second, ... Raises InvalidInput for a bad key."""
+        """The Redis keys to read: those of the first view, then the second's, ... Raises InvalidInput for a bad key."""
         if len(self.reads) == 1:
             read = next(iter(self.reads.values()))
             return read.keys.of(encode_entities(columns, read.key_types))

@@ -141,7 +141,7 @@ def whole_numbers(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
 
 
 def to_arrow(kind: FeatureType, values: np.ndarray, states: np.ndarray) -> pa.Array:
-    """A decoded column (see `rows.Columns`) as an Arrow array of the feature's type; only PRESENT entries have values."""
+    """A decoded column (see `rows.Columns`) as an Arrow array of the feature's type; all but PRESENT are null."""
     gone = states != PRESENT
     mask = gone if gone.any() else None
     if kind.kind == "timestamp":

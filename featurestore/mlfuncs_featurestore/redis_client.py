@@ -17,6 +17,7 @@ from urllib.parse import parse_qs, urlsplit, urlunsplit
 import hiredis
 import redis
 from redis.backoff import NoBackoff
+from redis.exceptions import AuthorizationError
 from redis.retry import Retry
 
 from mlfuncs.errors import SpecError, Unavailable
@@ -110,7 +111,7 @@ class RedisLink:
         for attempt in range(attempts):
             try:
                 return action()
-            except (redis.AuthenticationError, redis.AuthorizationError) as exc:
+            except (redis.AuthenticationError, AuthorizationError) as exc:
                 raise self.fault(exc) from exc
             except (redis.ConnectionError, redis.TimeoutError) as exc:
                 if attempt == attempts - 1:
@@ -132,7 +133,7 @@ class RedisLink:
         """The error to raise for a fault of Redis."""
         if isinstance(exc, redis.TimeoutError):
             what = "did not answer in time"
-        elif isinstance(exc, (redis.AuthenticationError, redis.AuthorizationError)):
+        elif isinstance(exc, (redis.AuthenticationError, AuthorizationError)):
             what = "refuses the user or password of redis_url"
         elif isinstance(exc, redis.ConnectionError):
             what = "cannot be reached"

@@ -1,7 +1,7 @@
 """The default online server: a real redis-server on a Unix socket in the home, shared by all processes of that home.
 
-Owns: starting it when it is first needed, finding it, stopping it. It survives the process that started it, and what was
-written survives it: an append-only file in home/redis. At most one runs per home (a lock file decides).
+Owns: starting it when it is first needed, finding it, stopping it. It survives the process that started it, and what
+was written survives it: an append-only file in home/redis. At most one runs per home (a lock file decides).
 """
 
 from __future__ import annotations

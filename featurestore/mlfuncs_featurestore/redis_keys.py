@@ -4,8 +4,8 @@ Owns: key layout. Pure. A row of an entity is at
 
     mlfuncs:{<project>:<group>}:<view>:<form>:<entity key>
 
-The braces are Redis Cluster's hash tag: `group` is the CRC-32 of the entity key modulo 256, so the rows of one entity in
-all views share a slot, and batched scripts over one group stay within one slot. `form` is "r" for the latest packed
+The braces are Redis Cluster's hash tag: `group` is the CRC-32 of the entity key modulo 256, so the rows of one entity
+in all views share a slot, and batched scripts over one group stay within one slot. `form` is "r" for the latest packed
 row and "e" for packed events (views with aggregations or an event_id).
 """
 

@@ -31,7 +31,7 @@ class RedisOnlineStore:
         if not keys:
             return []
         if not self.link.is_cluster:
-            return self.link.call(b"MGET", *keys)  # type: ignore[no-any-return]
+            return self.link.call(b"MGET", *keys)
 
         def spread() -> list[bytes | None]:
             pipe = self.link.client.pipeline()

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mlfuncs_featurestore.online import OnlineStore
     from mlfuncs_featurestore.online_result import OnlineFeatures
     from mlfuncs_featurestore.plan import Plan
+    from mlfuncs_featurestore.push import PushReport
     from mlfuncs_featurestore.training import TrainingRecord
 
 
@@ -75,7 +76,9 @@ class FeatureStore:
     def get_historical_features(self, spine: Any, features: str | Sequence[Any], **options: Any) -> HistoricalFeatures:
         """The features as they were known at each spine row's time; see `history.get_historical_features`."""
         from mlfuncs_featurestore.history import get_historical_features
+        from mlfuncs_featurestore.push import flush_waiting
 
+        flush_waiting(self)
         return get_historical_features(self, spine, features, **options)
 
     def rebuild(self, record: TrainingRecord | Mapping[str, Any], spine: Any = None) -> HistoricalFeatures:
@@ -84,11 +87,17 @@ class FeatureStore:
 
         return rebuild(self, record, spine)
 
-    def push(self, view: str, rows: Any, **options: Any) -> Any:
+    def push(self, view: str, rows: Any, **options: Any) -> PushReport:
         """Make rows readable online at once and durable offline, both or neither; see `push.push`."""
         from mlfuncs_featurestore.push import push
 
         return push(self, view, rows, **options)
+
+    def flush(self, view: str | None = None) -> dict[str, int]:
+        """Commit pushed rows that wait in this home's log to the offline tables; rows committed per view."""
+        from mlfuncs_featurestore.push import flush
+
+        return flush(self, view)
 
     def materialize(self, view: str | None = None, **options: Any) -> Any:
         """Bring the online store up to the offline tables' last commit; see `materialize.materialize`."""

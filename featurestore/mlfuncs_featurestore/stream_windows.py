@@ -66,7 +66,7 @@ def to_record(row: bytes) -> bytes:
 
 
 def read_value(value: bytes) -> tuple[int, list[bytes]]:
-    """The horizon and the packed rows of a stored value. Raises InvalidInput when it is cut short or of no known form."""
+    """The horizon and the packed rows of a stored value. Raises InvalidInput when it is cut short or unknown."""
     if value[:4] != MAGIC:
         raise InvalidInput("a stored event value is not of a known form; materialize the view again")
     horizon: int = STATE.unpack_from(value)[1]
