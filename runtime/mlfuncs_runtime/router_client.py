@@ -263,7 +263,9 @@ class Client(RequestReader):
     def overdue(self) -> None:
         """Its time is over: tell a client that is in the middle of a request, then close."""
         answering = self.request is not None and self.request.head_sent
-        if answering or self.lingering or self.closing:
+        if self._receiving is not None and (self._paused or (answering and not self._blocked)):
+            self.due_s = _NEVER  # it is the router that does not read, or the answer that goes on
+        elif answering or self.lingering or self.closing:
             self.transport.abort()
         elif self._receiving is not None or self._in_head:
             self._refuse(408, "the request did not arrive in time")

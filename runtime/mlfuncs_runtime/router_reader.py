@@ -150,6 +150,8 @@ class RequestReader(asyncio.Protocol, ABC):
             self.let_body_flow(False)
         if self.request is None:
             self._go_on(in_head)
+        if self._receiving is not None and not self.closing:
+            self.due_s = time.monotonic() + self.core.options.stall_timeout_s
         self._key = b""
 
     def _go_on(self, was_in_head: bool) -> None:
@@ -169,6 +171,7 @@ class RequestReader(asyncio.Protocol, ABC):
         last = self._waiting[-1] if self._waiting else None
         if isinstance(last, Request) and last.head.websocket:
             if rest:  # a client must wait for the 101 before it speaks the new protocol
+                self._waiting.pop()
                 self._refuse(400, "bytes came after a WebSocket request, before its answer")
         elif rest:
             self._parse(rest)
@@ -180,7 +183,6 @@ class RequestReader(asyncio.Protocol, ABC):
         self._refuse(400, f"the request is not HTTP/1.1 as it is written: {exc}")
 
     def _check_body(self, request: Request) -> None:
-        self.due_s = time.monotonic() + self.core.options.stall_timeout_s
         if request.head.chunked and request.plan is not None and not request.done:
             limit = request.endpoint.route.limits.body_bytes
             if request.size > limit:
@@ -203,5 +205,7 @@ class RequestReader(asyncio.Protocol, ABC):
         """Read on, or stop reading, so that the sender is held by its own socket."""
         if flow == self._paused:
             self._paused = not flow
+            if flow and self._receiving is not None and not self.closing:
+                self.due_s = time.monotonic() + self.core.options.stall_timeout_s
             if not self.transport.is_closing():
                 (self.transport.resume_reading if flow else self.transport.pause_reading)()
