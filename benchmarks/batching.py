@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -46,6 +47,7 @@ batch = Batch(max_size=64) if sys.argv[2] == "greedy" else None
 listener = socket.create_server(("127.0.0.1", int(sys.argv[1])), backlog=1024)
 Service(make_app(predict, AppOptions(batch=batch)), listener).run()
 """
+_JSON = {"Content-Type": "application/json"}
 BODY = json.dumps({"rows": [[round(0.1 * i, 1) for i in range(20)]]})
 
 
@@ -65,7 +67,8 @@ class Worker:
         end = time.monotonic() + 60
         while True:
             try:
-                socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
+                request = urllib.request.Request(f"http://127.0.0.1:{self.port}/", BODY.encode(), _JSON)
+                urllib.request.urlopen(request, timeout=60).close()
                 return
             except OSError:
                 if self.process.poll() is not None or time.monotonic() > end:
