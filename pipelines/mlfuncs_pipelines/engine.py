@@ -13,6 +13,7 @@ import os
 import select
 import signal
 import subprocess
+import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -42,6 +43,7 @@ from mlfuncs_pipelines.run_log import (
 from mlfuncs_pipelines.steps import Prepared, cache_key, container_name, make_folder, prepare_step, write_request
 from mlfuncs_pipelines.workers import Exit, Preload, Worker, WorkerPool
 
+_SWITCH_S = 0.0005  # the thread that keeps the rows must not hold up the next step
 _TICK_S = 0.1  # how often logs are looked at while steps run
 _LOCK_POLL_S = 0.05  # how often a step asks whether the same step elsewhere is done
 _KILL_AFTER_S = 5.0  # between SIGTERM and SIGKILL when a run is stopped
@@ -124,6 +126,8 @@ class Engine:
         """Run to the end and return the run. KeyboardInterrupt ends the steps, marks the run cancelled, and goes on."""
         self._log.append("run", pipeline=self.pipeline.name, params=dict(self.run.params), pid=os.getpid())
         self._tell("run_started", self.run)
+        switching_s = sys.getswitchinterval()
+        sys.setswitchinterval(_SWITCH_S)
         try:
             self._obey(self._scheduler.start())
             while not self._over:
@@ -134,6 +138,7 @@ class Engine:
             self._stop(exc)
             raise
         finally:
+            sys.setswitchinterval(switching_s)
             self._log.close()
         return self.run
 
@@ -382,8 +387,6 @@ class Engine:
 
 def _command_preload() -> Preload:
     """A zygote that imports nothing, for commands."""
-    import sys
-
     return Preload(sys.executable)
 
 

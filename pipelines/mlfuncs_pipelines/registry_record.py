@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +19,36 @@ from mlfuncs_pipelines.engine import Observer
 from mlfuncs_pipelines.run_log import PipelineRun, StepRecord, step_run_id
 
 _FLUSH_S = 30.0  # how long the end of a run waits for its rows
+_PAUSE_S = 0.25  # between two writes
 _STATES = {"upstream_failed": "cancelled", "skipped": "cancelled"}  # what did not run has no status of its own there
 log = logging.getLogger(__name__)
 
 
+@dataclass
+class _Item:
+    """A row on its way: the newest state of one run or step."""
+
+    row: RunRow
+    params: dict[str, Any]
+    artifacts: tuple[RunArtifact, ...] = ()
+    journal: Path | None = None
+
+
 class RegistryObserver(Observer):
-    """Keeps the rows. A registry that is away loses nothing that the run's own journal does not have."""
+    """Keeps the rows. A registry that is away loses nothing that the run's own journal does not have.
+
+    Rows are written a little later, so that a step which starts and ends in the meantime costs one write.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._work: queue.SimpleQueue[Callable[[Registry], None] | None] = queue.SimpleQueue()
+        self._waiting: dict[str, _Item] = {}
+        self._known: set[str] = set()
+        self._changed = threading.Condition()
+        self._over = False
         self._thread: threading.Thread | None = None
 
     def run_started(self, run: PipelineRun) -> None:
-        self._thread = threading.Thread(target=self._write, name="mlfuncs-pipeline-rows", daemon=True)
-        self._thread.start()
         row = RunRow(
             id=run.id,
             project=self._settings.project,
@@ -49,30 +63,46 @@ class RegistryObserver(Observer):
             versions={"pipeline": run.digest},
             details={"folder": str(run.folder)},
         )
-        params = dict(run.params)
-        self._work.put(lambda registry: _keep(registry, row, params))
+        self._put(_Item(row, dict(run.params)))
+        self._thread = threading.Thread(target=self._write, name="mlfuncs-pipeline-rows", daemon=True)
+        self._thread.start()
 
     def step_changed(self, run: PipelineRun, record: StepRecord) -> None:
-        if record.is_group:
-            return
-        row = self._row(run, record)
-        artifacts = _artifacts(record)
-        journal = Path(record.log).parent / "journal.jsonl" if record.log else None
-        params = dict(record.inputs.parameters)
-        self._work.put(lambda registry: _keep(registry, row, params, artifacts, journal))
+        if not record.is_group:
+            journal = Path(record.log).parent / "journal.jsonl" if record.log else None
+            params = dict(record.inputs.parameters)
+            self._put(_Item(self._row(run, record), params, _artifacts(record), journal))
 
     def run_ended(self, run: PipelineRun) -> None:
-        outputs = [RunArtifact("output", name, {"value": value}) for name, value in run.outputs.items()]
         error = {"type": "StepFailed", "message": run.error, "traceback": ""} if run.error else None
-        values = {"status": run.status, "finished_at": time.time(), "error": error}
-
-        def finish(registry: Registry) -> None:
-            registry.runs.finish(run.id, values, artifacts=outputs)
-
-        self._work.put(finish)
-        self._work.put(None)
+        row = RunRow(
+            id=run.id,
+            project=self._settings.project,
+            function=run.pipeline,
+            kind="pipeline",
+            status=run.status,
+            isolation="process",
+            pipeline=run.pipeline,
+            created_at=run.started,
+            started_at=run.started,
+            finished_at=time.time(),
+            owner=this_process(),
+            error=error,
+            versions={"pipeline": run.digest},
+            details={"folder": str(run.folder)},
+        )
+        outputs = tuple(RunArtifact("output", name, {"value": value}) for name, value in run.outputs.items())
+        self._put(_Item(row, dict(run.params), outputs))
+        with self._changed:
+            self._over = True
+            self._changed.notify()
         if self._thread is not None:
             self._thread.join(_FLUSH_S)
+
+    def _put(self, item: _Item) -> None:
+        with self._changed:
+            self._waiting.pop(item.row.id, None)
+            self._waiting[item.row.id] = item
 
     def _row(self, run: PipelineRun, record: StepRecord) -> RunRow:
         ended = record.status != "running"
@@ -103,33 +133,37 @@ class RegistryObserver(Observer):
         )
 
     def _write(self) -> None:
-        """The thread: one piece of work after the other, until the run is over."""
-        registry: Registry | None = None
-        while (work := self._work.get()) is not None:
+        """The thread: write what has come, then wait for more to come."""
+        over = False
+        while not over:
+            with self._changed:
+                over = self._over
+                items, self._waiting = list(self._waiting.values()), {}
             try:
-                registry = registry or open_registry(self._settings)
-                work(registry)
+                registry = open_registry(self._settings)
+                for item in items:
+                    self._keep(registry, item)
             except MlfuncsError as exc:
-                log.warning("a pipeline step could not be recorded: %s", exc)
+                log.warning("a pipeline run could not be recorded: %s", exc)
+            with self._changed:
+                self._changed.wait_for(lambda: self._over, None if over else _PAUSE_S)
 
-
-def _keep(
-    registry: Registry,
-    row: RunRow,
-    params: dict[str, Any],
-    artifacts: tuple[RunArtifact, ...] = (),
-    journal: Path | None = None,
-) -> None:
-    """Make or update the row, and bring in what the step logged."""
-    columns = {name: value for name, value in vars(row).items() if name not in ("id", "project", "created_at")}
-    if not registry.runs.update(row.id, **columns):
-        registry.runs.create(row, params)
-    batch = Batch()
-    if journal is not None and row.status != "running":
-        for entries, _ in read_entries(journal):
-            batch.add(entries)
-    if artifacts or not batch.is_empty():
-        registry.runs.log(row.id, batch.metrics, batch.params, [*artifacts, *batch.artifacts.values()])
+    def _keep(self, registry: Registry, item: _Item) -> None:
+        """Make or update a row, and bring in what the step logged."""
+        batch = Batch()
+        if item.journal is not None and item.row.status != "running":
+            for entries, _ in read_entries(item.journal):
+                batch.add(entries)
+        artifacts = [*item.artifacts, *batch.artifacts.values()]
+        columns = {name: value for name, value in vars(item.row).items() if name not in ("id", "project", "created_at")}
+        if item.row.id not in self._known and not registry.runs.update(item.row.id, **columns):
+            registry.runs.create(item.row, {**item.params, **batch.params}, artifacts)
+            artifacts, batch.params = [], {}
+        elif item.row.id in self._known:
+            registry.runs.update(item.row.id, **columns)
+        self._known.add(item.row.id)
+        if artifacts or batch.metrics or batch.params:
+            registry.runs.log(item.row.id, batch.metrics, batch.params, artifacts)
 
 
 def _artifacts(record: StepRecord) -> tuple[RunArtifact, ...]:

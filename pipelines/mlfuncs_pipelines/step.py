@@ -88,7 +88,8 @@ def load(step: Mapping[str, Any]) -> Loaded:
 
 
 def _warm(loaded: Loaded) -> None:
-    """Build the validators now, once, so that no step forked from here has to."""
+    """Import and build now, once, what no step forked from here should have to."""
+    import mlfuncs_pipelines.artifact_files  # noqa: F401
     from mlfuncs.errors import InvalidInput
     from mlfuncs_pipelines.ports import build_borders
 

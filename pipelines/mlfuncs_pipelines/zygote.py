@@ -19,6 +19,7 @@ When the engine's end closes, the children are ended and the zygote exits: nothi
 import array
 import atexit
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -46,6 +47,7 @@ class Zygote:
         self.children = {}
         self.loaded = None
         self.forkable = True
+        self.spare = None  # (pid, pipe) of a child forked ahead, waiting for its step
         self.wake_read, self.wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(self.wake_write, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -89,6 +91,9 @@ class Zygote:
 
     def preload(self, message):
         """Import what the steps need, and say whether forking is safe afterwards."""
+        if self.spare is not None:  # it knows nothing of what is loaded now
+            os.close(self.spare[1])
+            self.spare = None
         error = ""
         try:
             sys.path[:0] = [folder for folder in message.get("path", []) if folder not in sys.path]
@@ -98,6 +103,8 @@ class Zygote:
                 self.loaded = importlib.import_module("mlfuncs_pipelines.step").load(message["step"])
         except BaseException as exc:  # noqa: BLE001 - the user's module may raise anything at import
             error = "".join(traceback.format_exception(type(exc), exc, exc.__traceback__))
+        gc.collect()
+        gc.freeze()  # a collection in a child would copy every page that it looks at
         self.forkable = is_single_threaded()
         self.send({"event": "ready", "forkable": self.forkable, "error": error})
 
@@ -106,11 +113,30 @@ class Zygote:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             signal.set_wakeup_fd(-1)
             run_child(message["request"], self.loaded, lambda code: self.farewell(message["id"], code))
+        pid, pipe = self.spare or self.fork_ahead()
+        self.spare = None
+        self.children[pid] = message["id"]
+        with contextlib.suppress(BrokenPipeError):  # the child is dead already, which reap reports
+            os.write(pipe, message["request"].encode())
+        os.close(pipe)
+        self.spare = self.fork_ahead()
+
+    def fork_ahead(self):
+        """A child that waits for its step, so that a step does not wait for the fork."""
+        reading, writing = os.pipe()
         pid = os.fork()
         if pid == 0:
+            os.close(writing)
             self.detach()
-            run_child(message["request"], self.loaded)
-        self.children[pid] = message["id"]
+            path = b""
+            while part := os.read(reading, 65536):
+                path += part
+            os.close(reading)
+            if not path:
+                os._exit(0)  # the zygote is gone
+            run_child(path.decode(), self.loaded)
+        os.close(reading)
+        return pid, writing
 
     def farewell(self, step_id, code):
         """Report the end of a step that ran in this very process."""
@@ -128,6 +154,9 @@ class Zygote:
         self.connection.close()
         os.close(self.wake_read)
         os.close(self.wake_write)
+        if self.spare is not None:
+            os.close(self.spare[1])
+            self.spare = None
         self.children = {}
 
     def fork_zygote(self, ancillary):
@@ -152,13 +181,16 @@ class Zygote:
                 signal_group(pid, number)
 
     def reap(self):
-        while self.children:
+        while True:
             try:
                 pid, status, usage = os.wait4(-1, os.WNOHANG)
             except ChildProcessError:
                 return
             if pid == 0:
                 return
+            if self.spare is not None and pid == self.spare[0]:
+                os.close(self.spare[1])
+                self.spare = None
             step_id = self.children.pop(pid, None)
             if step_id is not None:
                 self.send(
