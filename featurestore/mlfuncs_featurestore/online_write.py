@@ -12,19 +12,27 @@ import pyarrow as pa
 
 from mlfuncs_featurestore.definitions import FeatureView
 from mlfuncs_featurestore.online_plan import LATEST, ViewRead
-from mlfuncs_featurestore.online_rows import entity_keys, newest_of_each, pack_table, read_stamps
+from mlfuncs_featurestore.online_rows import entity_keys, newest_of_each, pack_table, read_stamps, whole_numbers
 
 if TYPE_CHECKING:
     from mlfuncs_featurestore.online import OnlineStore
 
 ROWS_AT_ONCE = 20_000  # rows packed before they are sent
+FUTURE_US = 60 * 10**6  # clocks differ: a row this much ahead is not of the future
 TRIES = 5  # of one compaction, against writers that append meanwhile
 
 
 def write_rows(online: OnlineStore, view: FeatureView, rows: pa.Table, now_us: int) -> int:
-    """Write conformed rows that carry `__ingest`; idempotent, in any order. Returns how many rows were sent."""
+    """Write conformed rows that carry `__ingest`; idempotent, in any order. Returns how many rows were sent.
+
+    Where only the newest row is kept, a row of the future is left out: it would hide the one that holds now.
+    """
     read = online.read_of(view, ())
     sent = 0
+    if read.form == LATEST:
+        event = whole_numbers(rows[view.timestamp])
+        if len(event) and event.max() > now_us + FUTURE_US:
+            rows = rows.filter(pa.array(event <= now_us + FUTURE_US))
     for start in range(0, rows.num_rows, ROWS_AT_ONCE):
         part = rows.slice(start, ROWS_AT_ONCE)
         sent += _write_latest(online, read, part) if read.form == LATEST else _write_events(online, read, part, now_us)

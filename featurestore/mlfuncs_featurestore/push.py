@@ -7,9 +7,10 @@ log; return. A crash or fault before the log leaves nothing. One after it leaves
 acknowledged, and which the next flush completes: it writes the rows online again (a repeated write changes nothing) and
 then commits them. While Redis is away a pending push stays out of the table too, so that it is nowhere or in both.
 
-A flush is one commit. What it is about to commit is noted first, under the commit's id; the next flush after a crash looks
-for that id in the table's log, so that nothing is committed twice. It runs when the log has grown, and before every read of history in this home
-(`get_historical_features`, `rebuild`, `materialize`): those see every acknowledged push.
+A flush is one commit. What it is about to commit is noted first, under the commit's id; the next flush after a crash
+looks for that id in the table's log, so that nothing is committed twice. It runs when the log has grown, and before
+every read of history in this home (`get_historical_features`, `materialize`, `verify`): those see every acknowledged
+push.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """The push log: rows that are durable before they are acknowledged, and not yet in the Delta table.
 
-Owns: one view's log on this machine, in home/features/<project>/<view>. Appends are checksummed and fsynced under a lock
-file, so that any number of processes may push. A push is pending until a marker says that its rows are online; a
+Owns: one view's log on this machine, in home/features/<project>/<view>. Appends are checksummed and fsynced under a
+lock file, so that any number of processes may push. A push is pending until a marker says that its rows are online; a
 process that died in between leaves it pending, and the next flush completes it.
 
-A segment is a file of records (`pushlog_records`). Its first record carries on the numbers of the segment before. A torn
-record at the end was never acknowledged; the next writer cuts it off.
+A segment is a file of records (`pushlog_records`). Its first record carries on the numbers of the segment before. A
+torn record at the end was never acknowledged; the next writer cuts it off.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mlfuncs_featurestore.definitions import Definition
     from mlfuncs_featurestore.history import HistoricalFeatures
     from mlfuncs_featurestore.ingest import IngestReport
+    from mlfuncs_featurestore.materialize import MaterializeReport
     from mlfuncs_featurestore.offline import OfflineStore
     from mlfuncs_featurestore.online import OnlineStore
     from mlfuncs_featurestore.online_result import OnlineFeatures
@@ -99,7 +100,7 @@ class FeatureStore:
 
         return flush(self, view)
 
-    def materialize(self, view: str | None = None, **options: Any) -> Any:
+    def materialize(self, view: str | None = None, **options: Any) -> MaterializeReport:
         """Bring the online store up to the offline tables' last commit; see `materialize.materialize`."""
         from mlfuncs_featurestore.materialize import materialize
 

@@ -42,6 +42,7 @@ NEVER = -(2**63)
 MAX_EVENTS = 100_000
 KEPT_BEFORE = 16  # older events kept in views with an event_id
 COMPACT_BYTES = 16_384
+SLACK_US = 60 * 10**6  # kept beyond the longest window: a reader's clock may be behind the writer's
 _LENGTH = struct.Struct("<I")
 _ALWAYS = 2**62
 
@@ -162,7 +163,7 @@ class EntityEvents:
         """The value of one entity without what no reader at or after `now_us` needs."""
         first, end = int(self.starts[entity]), int(self.starts[entity + 1])
         longest = longest_window(self.view)
-        recent = int(np.searchsorted(self.event_us[first:end], now_us - longest, side="right")) + first
+        recent = int(np.searchsorted(self.event_us[first:end], now_us - longest - SLACK_US, side="right")) + first
         last = int(self.last(now_us)[entity])
         extra = KEPT_BEFORE if self.view.event_id else 0
         from_place = max(first, min(recent, last if last >= 0 else end) - extra)
