@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import mlfuncs
 from mlfuncs.errors import InvalidInput, NotFound
 from mlfuncs_runtime.overview import endpoint_overview
-from mlfuncs_runtime.plan import EndpointPlan, judge
+from mlfuncs_runtime.plan import EndpointPlan, Verdict, judge
 
 if TYPE_CHECKING:
     from mlfuncs_runtime.supervisor import Supervisor
@@ -87,9 +87,12 @@ class Orders:
             "endpoints": [self._overview(plan) for plan in sorted(wanted, key=lambda plan: plan.name)],
         }
 
+    def _verdict(self, plan: EndpointPlan) -> Verdict:
+        return judge(plan, self._supervisor.books.observe(), self._supervisor.scaler.scaled)
+
     def _overview(self, plan: EndpointPlan) -> dict[str, Any]:
         supervisor = self._supervisor
-        values = endpoint_overview(plan, supervisor.books, supervisor.wished, time.monotonic())
+        values = endpoint_overview(plan, supervisor.books, supervisor.scaler.scaled, time.monotonic())
         load = {**supervisor.scaler.load_of(plan.name), **values["load"]}
         return {**values, "load": load, "url": f"{supervisor.router.url}/{plan.name}"}
 
@@ -103,7 +106,7 @@ class Orders:
             if plan is None:
                 raise NotFound("endpoint", name, desired.plans)
             if plan.rollout is not None and plan.rollout.id == rollout:
-                return {"state": "pending", "message": judge(plan, self._supervisor.books.observe()).message}
+                return {"state": "pending", "message": self._verdict(plan).message}
             outcome = desired.outcomes.get(name) or {}
             if outcome.get("id") != rollout:
                 return {"state": "replaced", "message": "another change of the endpoint's traffic came in between"}

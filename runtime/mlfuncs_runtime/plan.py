@@ -46,6 +46,7 @@ class EndpointPlan:
     revisions: Mapping[str, RevisionConfig]
     digests: Mapping[str, str]
     options: Mapping[str, Any] = field(default_factory=dict)  # access, limits and stickiness
+    target: str = "process"  # or "docker": where its workers run
 
     @classmethod
     def from_row(cls, row: EndpointRow) -> EndpointPlan:
@@ -65,6 +66,7 @@ class EndpointPlan:
             revisions=revisions,
             digests={r.revision: r.digest for r in row.revisions},
             options=desired.get("options") or {},
+            target=row.target,
         )
 
     @property
@@ -100,16 +102,20 @@ def initial_replicas(plan: EndpointPlan, revision: str) -> int:
     return max(low, min(high, scale.initial if revision in plan.traffic else 0))
 
 
-def wishes(plan: EndpointPlan, scaled: Mapping[Key, int], observed: Observed) -> list[Wish]:
+def wanted_by_load(plan: EndpointPlan, revision: str, scaled: Mapping[Key, int]) -> int:
+    """The autoscaler's word on a revision, within its bounds."""
+    low, high = bounds(plan, revision)
+    return max(low, min(high, scaled.get((plan.name, revision), initial_replicas(plan, revision))))
+
+
+def wishes(plan: EndpointPlan, scaled: Mapping[Key, int]) -> list[Wish]:
     """What each warm revision should have running; `scaled` is the autoscaler's word by (endpoint, revision)."""
     found = []
     for revision in sorted(plan.warm):
-        key = (plan.name, revision)
         spec = plan.revisions[revision].spec
-        low, high = bounds(plan, revision)
-        count = max(low, min(high, scaled.get(key, initial_replicas(plan, revision))))
+        count = wanted_by_load(plan, revision, scaled)
         if plan.rollout and revision in plan.rollout.traffic:
-            count = max(count, needed_for_rollout(plan, revision, observed))
+            count = max(count, needed_for_rollout(plan, revision, scaled))
         found.append(
             Wish(
                 plan.name,
@@ -123,11 +129,14 @@ def wishes(plan: EndpointPlan, scaled: Mapping[Key, int], observed: Observed) ->
     return found
 
 
-def needed_for_rollout(plan: EndpointPlan, revision: str, observed: Observed) -> int:
-    """Ready replicas before traffic moves: its share of those that serve now, so that a full load finds room."""
+def needed_for_rollout(plan: EndpointPlan, revision: str, scaled: Mapping[Key, int]) -> int:
+    """Ready replicas before traffic moves: its share of what the load asks for now, so that it finds room there.
+
+    Not of what runs now, which a rollout itself makes more.
+    """
     assert plan.rollout is not None
     scale = plan.revisions[revision].spec.scale
-    serving = sum(observed.ready((plan.name, name)) for name in plan.traffic)
+    serving = sum(wanted_by_load(plan, name, scaled) for name in plan.traffic)
     share = plan.rollout.traffic[revision] / sum(plan.rollout.traffic.values())
     return max(1, min(scale.max, max(scale.min, scale.initial, math.ceil(serving * share - 1e-9))))
 
@@ -140,7 +149,7 @@ class Verdict:
     message: str = ""
 
 
-def judge(plan: EndpointPlan, observed: Observed) -> Verdict:
+def judge(plan: EndpointPlan, observed: Observed, scaled: Mapping[Key, int]) -> Verdict:
     """Whether the plan's rollout is complete, has failed (with the reason), or what it waits for."""
     if plan.rollout is None:
         return Verdict("complete")
@@ -149,7 +158,7 @@ def judge(plan: EndpointPlan, observed: Observed) -> Verdict:
     waiting = []
     for revision in plan.rollout.traffic:
         key = (plan.name, revision)
-        ready, needed = observed.ready(key), needed_for_rollout(plan, revision, observed)
+        ready, needed = observed.ready(key), needed_for_rollout(plan, revision, scaled)
         failures = observed.failures.get(key, Failures())
         if ready < needed and failures.count > FAILURES_ALLOWED:
             return Verdict("failed", f"{revision} did not become ready: {failures.reason}")

@@ -22,7 +22,7 @@ from mlfuncs_runtime.autoscaler import (
     decide,
     initial_state,
 )
-from mlfuncs_runtime.plan import EndpointPlan, bounds, initial_replicas
+from mlfuncs_runtime.plan import EndpointPlan, bounds, initial_replicas, needed_for_rollout
 from mlfuncs_runtime.reconcile import Key, Observed, Phase
 from mlfuncs_runtime.windows import LoadWindows
 
@@ -83,12 +83,13 @@ class Scaler:
                     memory.scale = ScaleState(1, "activating", now_s, initialized=True)
         return woken
 
-    def start(self, plan: EndpointPlan, observed: Observed, now_s: float) -> None:
-        """A rollout of the plan is complete: go on from the replicas its revisions have."""
-        for revision in plan.rollout.traffic if plan.rollout else ():
-            key = (plan.name, revision)
+    def start(self, plan: EndpointPlan) -> None:
+        """A rollout of the plan is complete: go on from the replicas it needed."""
+        revisions = plan.rollout.traffic if plan.rollout else ()
+        counts = {(plan.name, revision): needed_for_rollout(plan, revision, self.scaled) for revision in revisions}
+        for key, count in counts.items():
             self._memories.pop(key, None)
-            self.scaled[key] = max(1, observed.ready(key))
+            self.scaled[key] = count
 
     def forget(self, endpoint: str) -> None:
         """The endpoint is gone."""

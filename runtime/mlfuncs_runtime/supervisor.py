@@ -58,7 +58,6 @@ class Supervisor:
         self.books = Books(places, self._launch, self.wake)
         self.fleet = Fleet(self.books, self.router.drained)
         self.scaler = Scaler()
-        self.wished: dict[Key, int] = {}
         self.stopping = asyncio.Event()
         self.passed = asyncio.Condition()  # notified after every pass, for those who wait for a state
         self.passes_begun = self.passes_done = 0
@@ -136,8 +135,7 @@ class Supervisor:
         for plan in plans:
             self._judge(plan)
         observed = self.books.observe()
-        wished: list[Wish] = [wish for plan in plans for wish in wishes(plan, self.scaler.scaled, observed)]
-        self.wished = {wish.key: wish.replicas for wish in wished}
+        wished: list[Wish] = [wish for plan in plans for wish in wishes(plan, self.scaler.scaled)]
         for action in reconcile(wished, observed, time.monotonic()):
             self.fleet.carry_out(action)
         routes = [route(plan, self.fleet.routable(plan.name)) for plan in plans]
@@ -159,7 +157,7 @@ class Supervisor:
             self._seen_rollouts.add(rollout.id)
             for revision in rollout.traffic:
                 self.books.failures.pop((plan.name, revision), None)
-        verdict = judge(plan, self.books.observe())
+        verdict = judge(plan, self.books.observe(), self.scaler.scaled)
         if verdict.state == "pending":
             return
         self._finishing.add(rollout.id)
@@ -167,7 +165,7 @@ class Supervisor:
         async def finish() -> None:
             try:
                 if verdict.state == "complete":
-                    self.scaler.start(plan, self.books.observe(), time.monotonic())
+                    self.scaler.start(plan)
                 await asyncio.to_thread(self.desired.finish, plan, rollout, verdict)
             except MlfuncsError as exc:
                 log.warning("%s: %s", plan.name, exc)

@@ -20,7 +20,7 @@ from mlfuncs_runtime.overview import endpoint_overview, judge_state
 from mlfuncs_runtime.plan import Verdict
 from mlfuncs_runtime.reconcile import Failures, Observed, Phase, ReplicaSeen
 
-SPEC = FunctionSpec(name="churn", scale=Scale(min=1, concurrency=3), timeout_s=9, secrets=("KEY",), env={"A": "b"})
+SPEC = FunctionSpec(name="churn", scale=Scale(concurrency=3), timeout_s=9, secrets=("KEY",), env={"A": "b"})
 
 
 def add(settings: Settings, name: str = "churn", digest: str = "d1", site: str | None = None) -> None:
@@ -129,7 +129,7 @@ def test_the_state_in_one_word(plan: Any):
     one = {("churn", "rev-1"): 1}
     assert judge_state(plan, books(READY), one, 101.0)[0] == "ready"
     assert judge_state(plan, books(), one, 101.0)[0] == "starting"
-    assert judge_state(plan, books(), {}, 101.0)[0] == "idle"
+    assert judge_state(plan, books(), {("churn", "rev-1"): 0}, 101.0)[0] == "idle"
     assert judge_state(plan, books(failures=BROKEN), one, 101.0)[0] == "failing"
     assert judge_state(dataclasses.replace(plan, traffic={}), books(), {}, 101.0)[0] == "empty"
 

@@ -37,9 +37,12 @@ def ready(revision: str, count: int) -> tuple[ReplicaSeen, ...]:
     return tuple(ReplicaSeen(f"{revision}-{n}", "churn", revision, Phase.READY, 0.0) for n in range(count))
 
 
-def wished(the_plan: EndpointPlan, observed: Observed | None = None, **scaled: int) -> dict[str, int]:
-    numbers = {("churn", name.replace("_", "-")): count for name, count in scaled.items()}
-    return {wish.revision: wish.replicas for wish in wishes(the_plan, numbers, observed or Observed())}
+def numbers(**scaled: int) -> dict[tuple[str, str], int]:
+    return {("churn", name.replace("_", "-")): count for name, count in scaled.items()}
+
+
+def wished(the_plan: EndpointPlan, **scaled: int) -> dict[str, int]:
+    return {wish.revision: wish.replicas for wish in wishes(the_plan, numbers(**scaled))}
 
 
 def test_the_autoscaler_is_held_within_the_bounds():
@@ -64,35 +67,39 @@ def test_the_revision_a_rollback_returns_to_keeps_its_zygote_but_no_replica():
 
 
 def test_a_rollout_brings_up_as_many_as_serve_now():
-    observed = Observed(ready("rev-1", 3))
     moving = plan(rollout=Rollout("r", {"rev-2": 100}))
-    assert needed_for_rollout(moving, "rev-2", observed) == 3
+    assert needed_for_rollout(moving, "rev-2", numbers(rev_1=3)) == 3
     canary = plan(rollout=Rollout("r", {"rev-1": 90, "rev-2": 10}))
-    assert wished(canary, observed, rev_1=3) == {"rev-1": 3, "rev-2": 1}
+    assert wished(canary, rev_1=3) == {"rev-1": 3, "rev-2": 1}
+
+
+def test_a_rollout_to_a_revision_that_serves_already_does_not_feed_on_itself():
+    back = plan(traffic={"rev-1": 50, "rev-2": 50}, rollout=Rollout("r", {"rev-2": 100}))
+    assert wished(back, rev_1=1, rev_2=1)["rev-2"] == 2
 
 
 def test_a_rollout_waits_until_every_revision_is_ready():
     moving = plan(rollout=Rollout("r", {"rev-1": 50, "rev-2": 50}))
-    verdict = judge(moving, Observed(ready("rev-1", 1)))
+    verdict = judge(moving, Observed(ready("rev-1", 1)), {})
     assert (verdict.state, verdict.message) == ("pending", "rev-2: loading the function")
     zygote = ZygoteSeen("churn", "rev-2", ZygotePhase.READY, 0.0)
-    assert judge(moving, Observed(ready("rev-1", 1), (zygote,))).message == "rev-2: 0 of 1 workers ready"
-    assert judge(moving, Observed(ready("rev-1", 1) + ready("rev-2", 1))).state == "complete"
+    assert judge(moving, Observed(ready("rev-1", 1), (zygote,)), {}).message == "rev-2: 0 of 1 workers ready"
+    assert judge(moving, Observed(ready("rev-1", 1) + ready("rev-2", 1)), {}).state == "complete"
 
 
 def test_a_rollout_outlives_one_death_and_fails_at_the_second():
     moving = plan(rollout=Rollout("r", {"rev-2": 100}))
     once = Observed(failures={("churn", "rev-2"): Failures(1, 0.0, "was killed by SIGKILL")})
     twice = Observed(failures={("churn", "rev-2"): Failures(2, 0.0, "ended with status 78")})
-    assert judge(moving, once).state == "pending"
-    assert judge(moving, twice).state == "failed"
-    assert "ended with status 78" in judge(moving, twice).message
+    assert judge(moving, once, {}).state == "pending"
+    assert judge(moving, twice, {}).state == "failed"
+    assert "ended with status 78" in judge(moving, twice, {}).message
 
 
 def test_failures_of_the_revision_that_serves_do_not_stop_a_rollout_away_from_it():
     moving = plan(rollout=Rollout("r", {"rev-2": 100}))
     observed = Observed(ready("rev-2", 1), failures={("churn", "rev-1"): Failures(9, 0.0, "crash loop")})
-    assert judge(moving, observed).state == "complete"
+    assert judge(moving, observed, {}).state == "complete"
 
 
 def test_no_route_before_anything_has_traffic():
@@ -137,4 +144,4 @@ def test_a_row_becomes_a_plan_without_what_it_does_not_know():
 @pytest.mark.parametrize("count", [1, 2, 7])
 def test_a_rollout_never_asks_for_more_than_the_maximum(count):
     moving = plan(rollout=Rollout("r", {"rev-2": 100}))
-    assert needed_for_rollout(moving, "rev-2", Observed(ready("rev-1", count))) == min(4, count)
+    assert needed_for_rollout(moving, "rev-2", numbers(rev_1=count)) == min(4, count)

@@ -100,13 +100,12 @@ def test_the_next_supervisor_goes_on_with_the_numbers():
     assert after.scaled == world.scaler.scaled
 
 
-def test_a_complete_rollout_starts_from_the_replicas_it_has():
-    world = World(min=0, max=4)
-    moving = World(min=0, max=4).plan
-    moving = EndpointPlan(**{**vars(moving), "rollout": Rollout("r", {"rev-2": 100})})
-    observed = Observed(tuple(ReplicaSeen(f"n{n}", "churn", "rev-2", Phase.READY, 0.0) for n in range(3)))
-    world.scaler.start(moving, observed, world.now_s)
-    assert world.scaler.scaled[("churn", "rev-2")] == 3
+def test_a_complete_rollout_starts_from_the_replicas_it_needed():
+    world = World(min=0, max=4, concurrency=10)
+    world.step(10, 15.0)
+    moving = EndpointPlan(**{**vars(world.plan), "rollout": Rollout("r", {"rev-2": 100})})
+    world.scaler.start(moving)
+    assert world.scaler.scaled[("churn", "rev-2")] == world.replicas == 3
 
 
 def test_what_lost_its_traffic_is_forgotten():
