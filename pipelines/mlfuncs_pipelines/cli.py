@@ -169,8 +169,10 @@ def _options(options: dict[str, Any]) -> Any:
 
 
 def _observer(as_json: bool) -> Any:
-    from mlfuncs_pipelines.display import LineObserver
+    from mlfuncs_pipelines.display import LineObserver, TreeObserver
 
+    if sys.stdout.isatty() and not as_json:
+        return TreeObserver()
     return LineObserver(sys.stderr if as_json else sys.stdout)
 
 

@@ -12,15 +12,16 @@ from mlfuncs_pipelines.run_log import PipelineRun, StepRecord
 from mlfuncs_pipelines.runner import resume_run, run_pipeline
 
 if TYPE_CHECKING:
+    from mlfuncs_pipelines.ir import Pipeline as IrPipeline
     from mlfuncs_pipelines.pipeline import Pipeline
 
 
 class LocalRun:
     """One run of a pipeline on this machine."""
 
-    def __init__(self, run: PipelineRun, settings: Settings) -> None:
+    def __init__(self, run: PipelineRun, pipeline: IrPipeline, settings: Settings) -> None:
         self.record = run
-        self._settings = settings
+        self._pipeline, self._settings = pipeline, settings
 
     @property
     def id(self) -> str:
@@ -74,6 +75,29 @@ class LocalRun:
         except FileNotFoundError:
             return ""
 
+    def explain(self) -> dict[str, str]:
+        """Step id to "hit" or why it would miss, if the pipeline ran again now."""
+        from mlfuncs_pipelines.explain import explain
+
+        return explain(self.record, self._settings)
+
+    def compare(self, other: LocalRun) -> list[dict[str, object]]:
+        """What differs between this run and `other`, as rows of step, what, first and second."""
+        from mlfuncs_pipelines.drawing import compare
+
+        return compare(self.record, other.record)
+
+    def gantt(self) -> str:
+        """The steps over time, as SVG."""
+        from mlfuncs_pipelines.drawing import gantt_svg
+
+        return gantt_svg(self.record)
+
+    def _repr_html_(self) -> str:
+        from mlfuncs_pipelines.drawing import run_html
+
+        return run_html(self._pipeline, self.record)
+
     def __repr__(self) -> str:
         return f"<pipeline run {self.id} {self.status}>"
 
@@ -90,14 +114,15 @@ def run_here(pipeline: Pipeline, params: Mapping[str, Any], options: Options, re
     from mlfuncs_pipelines.display import observers_here
 
     settings = read_settings()
-    observers = observers_here()
+    compiled = pipeline.ir
+    observers = observers_here(compiled)
     if resume:
         run = resume_run(resume, settings, options, observers)
     else:
-        run = run_pipeline(pipeline.ir, params, settings, options, observers)
+        run = run_pipeline(compiled, params, settings, options, observers)
     if run.status != "succeeded":
         raise RunFailed(failure_text(run), run.id)
-    return LocalRun(run, settings)
+    return LocalRun(run, compiled, settings)
 
 
 def failure_text(run: PipelineRun) -> str:

@@ -109,6 +109,11 @@ class Pipeline:
         options = Options(parallel, cache, frozenset(ignore), containers)
         return run_here(self, self._encode(params), options, resume)
 
+    def _repr_html_(self) -> str:
+        from mlfuncs_pipelines.drawing import graph_svg
+
+        return graph_svg(self.ir)
+
     def compile(self, path: str | Path) -> Path:
         """Write the pipeline as an IR YAML file, the same bytes for the same code, and return its path."""
         from kfp import compiler

@@ -1,0 +1,150 @@
+"""What steps need from their surroundings: packages in environments of their own, Docker, or a refusal first."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kfp import dsl
+
+from mlfuncs.settings import Settings
+from mlfuncs_pipelines.engine import Options
+from mlfuncs_pipelines.lightweight import recognise
+from mlfuncs_pipelines.run_log import PipelineRun
+from mlfuncs_pipelines.validate import InvalidPipeline
+from mlfuncs_pipelines.venvs import environment_digest, python_for
+
+Run = Callable[..., PipelineRun]
+IMAGE = "python:3.11"
+
+
+def _has_docker() -> bool:
+    found = shutil.which("docker")
+    return bool(found) and subprocess.run([str(found), "version"], capture_output=True).returncode == 0
+
+
+def _has_image(image: str) -> bool:
+    return _has_docker() and subprocess.run(["docker", "image", "inspect", image], capture_output=True).returncode == 0
+
+
+@dsl.container_component
+def shell(text: str, out: dsl.OutputPath(str)):
+    return dsl.ContainerSpec(image=IMAGE, command=["sh", "-c", 'mkdir -p $(dirname $1); echo -n "$0" > $1', text, out])
+
+
+@dsl.component(base_image=IMAGE)
+def touch(path: str) -> str:
+    open(path, "w").close()
+    return path
+
+
+@dsl.component(base_image=IMAGE, packages_to_install=["toolz==0.12.0"])
+def versions() -> str:
+    import sys
+
+    import toolz
+
+    return f"{toolz.__version__}|{sys.prefix}"
+
+
+def test_containers_without_docker_are_refused_before_any_step(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @dsl.pipeline(name="needs-docker")
+    def needs_docker(path: str):
+        touch(path=path)
+        shell(text="a")
+        shell(text="b")
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(InvalidPipeline) as caught:
+        run(needs_docker, path=str(tmp_path / "touched"))
+    assert len(caught.value.problems) == 2 and "no Docker here" in str(caught.value)
+    assert not (tmp_path / "touched").exists()
+
+
+@pytest.mark.skipif(not _has_image(IMAGE), reason=f"no Docker Engine with the image {IMAGE}")
+def test_container_runs_in_docker(run: Run) -> None:
+    @dsl.pipeline(name="in-docker")
+    def in_docker() -> str:
+        return shell(text="from a container").outputs["out"]
+
+    assert run(in_docker).outputs == {"Output": "from a container"}
+
+
+def test_packages_go_into_an_environment_of_their_own(run: Run, settings: Settings) -> None:
+    @dsl.pipeline(name="packages")
+    def packages() -> str:
+        return versions().output
+
+    before = subprocess.run([sys.executable, "-m", "pip", "list"], capture_output=True, text=True).stdout
+    try:
+        done = run(packages)
+    except InvalidPipeline as exc:
+        if "cannot be built" in str(exc) and ("dns" in str(exc).lower() or "connect" in str(exc).lower()):
+            pytest.skip("no package index can be reached")
+        raise
+    version, prefix = done.outputs["Output"].split("|")
+    assert version == "0.12.0" and prefix.startswith(str(settings.home / "environments"))
+    after = subprocess.run([sys.executable, "-m", "pip", "list"], capture_output=True, text=True).stdout
+    assert before == after  # the user's own environment is as it was
+    folders = list((settings.home / "environments").glob("kfp-*/"))
+    run(packages, Options(cache=False))
+    assert list((settings.home / "environments").glob("kfp-*/")) == folders  # built once
+
+
+def _executor(component: Any) -> dict[str, Any]:
+    from google.protobuf import json_format
+
+    spec = json_format.MessageToDict(component.pipeline_spec)
+    return next(iter(spec["deploymentSpec"]["executors"].values()))
+
+
+def test_a_package_that_is_here_needs_no_environment(settings: Settings) -> None:
+    @dsl.component(base_image=IMAGE, packages_to_install=["packaging>=20", "click"])
+    def here() -> str:
+        return "x"
+
+    found = recognise(_executor(here))
+    assert found is not None and python_for(found, settings) == Path(sys.executable)
+
+
+def test_what_pip_would_install_is_read_from_the_command() -> None:
+    @dsl.component(
+        base_image="python:3.9-slim",
+        packages_to_install=["six==1.16.0", "pandas[performance]>=2 ; python_version > '3'"],
+        pip_index_urls=["https://a.example/simple", "https://b.example/simple"],
+    )
+    def step() -> str:
+        return "x"
+
+    found = recognise(_executor(step))
+    assert found is not None
+    assert found.packages == ("six==1.16.0", "pandas[performance]>=2 ; python_version > '3'")
+    assert found.index_options[:4] == (
+        "--index-url",
+        "https://a.example/simple",
+        "--extra-index-url",
+        "https://b.example/simple",
+    )
+    assert found.kfp_requirement.startswith("kfp==") and found.python == "3.9" and found.function == "step"
+
+
+def test_other_packages_are_another_environment() -> None:
+    @dsl.component(base_image=IMAGE, packages_to_install=["six"])
+    def one() -> str:
+        return "x"
+
+    @dsl.component(base_image=IMAGE, packages_to_install=["toolz"])
+    def two() -> str:
+        return "x"
+
+    digests = [environment_digest(found) for found in (recognise(_executor(one)), recognise(_executor(two))) if found]
+    assert len(set(digests)) == 2
+
+
+def test_containers_are_no_lightweight_components() -> None:
+    assert recognise(_executor(shell)) is None and recognise({"importer": {}}) is None
