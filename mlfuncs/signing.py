@@ -70,26 +70,50 @@ class KeyRing:
 
 def project_key(settings: Settings) -> SigningKey:
     """The project's private key, made on first use (atomically, readable by its owner only)."""
-    from cryptography.exceptions import UnsupportedAlgorithm
-    from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
     path = ensure_home(settings) / "keys" / f"{settings.project}.pem"
     if not path.exists():
-        pem = Ed25519PrivateKey.generate().private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
-        _create_once(path, pem)
+        _create_once(path, _to_pem(Ed25519PrivateKey.generate().private_bytes_raw()))
     try:
-        private = serialization.load_pem_private_key(path.read_bytes(), password=None)
-    except (ValueError, TypeError, UnsupportedAlgorithm) as exc:
-        raise SpecError(f"{path} is not a readable key ({exc}); put it back from a copy, or move it away") from exc
+        content = path.read_bytes()
     except OSError as exc:
         raise StorageError(f"the signing key {path} cannot be read: {exc.strerror or exc}") from exc
+    private = Ed25519PrivateKey.from_private_bytes(_from_pem(content, path))
+    public = base64.b64encode(private.public_key().public_bytes_raw()).decode()
+    return SigningKey(private, f"{_SCHEME}:{public}")
+
+
+# PKCS #8 of an Ed25519 key (RFC 8410, section 7): these 16 bytes, then the 32 of the key. Put together here because
+# cryptography's own serialization takes as long to import as a bundle takes to build.
+_PKCS8 = bytes.fromhex("302e020100300506032b657004220420")
+_BEGIN, _END = b"-----BEGIN PRIVATE KEY-----\n", b"-----END PRIVATE KEY-----\n"
+
+
+def _to_pem(raw: bytes) -> bytes:
+    return _BEGIN + base64.b64encode(_PKCS8 + raw) + b"\n" + _END
+
+
+def _from_pem(content: bytes, path: Path) -> bytes:
+    """The key's 32 bytes; other forms of PEM (with a public key, say) are left to cryptography."""
+    if content.startswith(_BEGIN) and content.endswith(_END):
+        try:
+            der = base64.b64decode(content[len(_BEGIN) : -len(_END)])
+        except ValueError:
+            der = b""
+        if len(der) == len(_PKCS8) + 32 and der.startswith(_PKCS8):
+            return der[len(_PKCS8) :]
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+    try:
+        private = load_pem_private_key(content, password=None)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as exc:
+        raise SpecError(f"{path} is not a readable key ({exc}); put it back from a copy, or move it away") from exc
     if not isinstance(private, Ed25519PrivateKey):
         raise SpecError(f"{path} is not an Ed25519 key; move it away and a new one is made")
-    raw = private.public_key().public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
-    return SigningKey(private, f"{_SCHEME}:{base64.b64encode(raw).decode()}")
+    return private.private_bytes_raw()
 
 
 def key_ring(settings: Settings) -> KeyRing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -24,7 +25,7 @@ from mlfuncs.environment import (
     satisfied_here,
 )
 from mlfuncs.errors import EnvironmentFailed
-from mlfuncs.installed import Distribution, Installed, installed
+from mlfuncs.installed import Distribution, Installed, canonicalize_name, installed
 from mlfuncs.settings import Settings
 from mlfuncs.spec import FunctionSpec
 
@@ -91,6 +92,43 @@ def test_the_table_of_installed_distributions_is_remembered(tmp_path: Path) -> N
     first = installed(tmp_path)
     assert (tmp_path / "locks" / f"installed-{first.stamp}.json").exists()
     assert {d.name for d in installed(tmp_path).all()} == {d.name for d in installed().all()}
+
+
+def test_the_table_is_what_the_metadata_says() -> None:
+    table = installed()
+    imports: dict[str, set[str]] = {}
+    for name, owners in importlib.metadata.packages_distributions().items():
+        for owner in owners:
+            imports.setdefault(canonicalize_name(owner), set()).add(name)
+    for item in importlib.metadata.distributions():
+        found = table.get(item.metadata["Name"])
+        assert found is not None and found.version == item.version
+        assert set(found.requires) == set(item.requires or ())
+        assert imports.get(canonicalize_name(found.name), set()) <= set(found.imports)
+
+
+def test_eggs_and_folded_headers_are_read_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = tmp_path / "libs"
+    for folder, name in (("Old_Style-1.2.egg-info", "PKG-INFO"), ("folded-2.0.dist-info", "METADATA")):
+        (site / folder).mkdir(parents=True)
+        title, version, _ = folder.replace(".egg", "-egg").replace(".dist", "-dist").split("-", 2)
+        lines = ["Metadata-Version: 2.1", f"Name: {title}", f"Version: {version}", "Requires-Dist: numpy", " (>=1)"]
+        (site / folder / name).write_bytes("\r\n".join([*lines, "", "Name: of the description"]).encode())
+        (site / folder / "top_level.txt").write_text(f"{title.lower()}\n")
+    monkeypatch.syspath_prepend(str(site))
+    old, folded = installed().providing("old_style"), installed().providing("folded")
+    assert [(d.name, d.version) for d in (*old, *folded)] == [("Old_Style", "1.2"), ("folded", "2.0")]
+    assert folded[0].requires == ("numpy (>=1)",)
+
+
+def test_the_remembered_table_is_of_this_import_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home, libs = tmp_path / "home", tmp_path / "libs"
+    assert infer_requirements(["mylib"], home) == ()
+    (libs / "mylib-1.0.dist-info").mkdir(parents=True)
+    (libs / "mylib-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: mylib\nVersion: 1.0\n")
+    (libs / "mylib-1.0.dist-info" / "RECORD").write_text("mylib/__init__.py,,\n")
+    monkeypatch.syspath_prepend(str(libs))
+    assert infer_requirements(["mylib"], home) == ("mylib==1.0",)
 
 
 # ---- locking

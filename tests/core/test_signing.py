@@ -97,3 +97,15 @@ def test_a_home_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 def test_digests_are_sha256() -> None:
     assert sha256_hex(b"") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+
+
+def test_keys_are_pkcs8_as_other_tools_write_and_read_it(settings: Settings) -> None:
+    from cryptography.hazmat.primitives import serialization
+
+    key = project_key(settings)
+    path = settings.home / "keys" / f"{settings.project}.pem"
+    read = serialization.load_pem_private_key(path.read_bytes(), password=None)
+    form = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    assert read.private_bytes(*form) == path.read_bytes()
+    path.write_bytes(b"# kept in a vault\n" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert project_key(settings).public == key.public
