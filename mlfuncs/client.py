@@ -142,8 +142,8 @@ def _failure(status: int, content_type: str, body: bytes, retry_after: str | Non
         text = body[:500].decode("utf-8", "replace").strip()
         return error_of("", f"the endpoint answered {status}: {text or 'nothing'}", {"status": status})
     message = str(problem.get("detail") or problem["title"])
-    fields = [f"{item.get('field')}: {item.get('message')}" for item in problem.get("errors") or ()]
-    missing = [text for text in fields if text not in message]
+    fields = [item for item in problem.get("errors") or () if str(item.get("message")) not in message]
+    missing = [f"{item.get('field')}: {item.get('message')}" for item in fields]
     if missing:
         message += " (" + "; ".join(missing) + ")"
     if problem.get("request_id"):
