@@ -18,7 +18,7 @@ from mlfuncs_pipelines.validate import InvalidPipeline
 from mlfuncs_pipelines.venvs import environment_digest, python_for
 
 Run = Callable[..., PipelineRun]
-IMAGE = "python:3.11"
+IMAGE = "python:3.11-slim"
 
 
 def _has_docker() -> bool:
