@@ -96,7 +96,8 @@ class Endpoint:
         self._bound = parameters
 
     def __repr__(self) -> str:
-        return f"<mlfuncs endpoint {self.name!r} at {self.url}>"
+        known = self.__dict__.get("url")  # not looked up here: that may start what serves it
+        return f"<mlfuncs endpoint {self.name!r}{f' at {known}' if known else ''}>"
 
     def _repr_html_(self) -> str:
         return status_html(self.status())

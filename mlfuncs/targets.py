@@ -53,6 +53,11 @@ class EndpointStatus:
     load: Mapping[str, Any] = field(default_factory=dict)
     project: str = ""
 
+    def _repr_html_(self) -> str:
+        from mlfuncs.endpoints import status_html
+
+        return status_html(self)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values."""
         return {**asdict(self), "replicas": [asdict(r) for r in self.replicas], "revisions": list(self.revisions)}

@@ -191,6 +191,8 @@ def test_arguments_bind_by_position_and_name():
 def test_endpoints_show_as_html_and_text():
     made = put(2.0)
     assert "rev-1" in made._repr_html_()
+    assert made.status()._repr_html_() == made._repr_html_()
+    assert repr(Endpoint("scaled")) == "<mlfuncs endpoint 'scaled'>"  # a look at it starts nothing
     assert "scaled" in list_endpoints()._repr_html_()
     assert "scaled" in str(list_endpoints())
 
