@@ -13,7 +13,7 @@ from kfp.dsl import for_loop as kfp_loops
 from kfp.dsl.types import artifact_types, type_utils
 
 from mlfuncs import __version__
-from mlfuncs.bundle import Bundle, build_bundle, python_version
+from mlfuncs.bundle import Bundle, build_bundle
 from mlfuncs.decorator import Function
 from mlfuncs.errors import InvalidInput, MlfuncsError, SpecError
 from mlfuncs.settings import Settings, read_settings
@@ -192,7 +192,7 @@ def base_image(settings: Settings) -> str:
     if settings.base_image:
         return settings.base_image
     prefix = f"{settings.image_registry.rstrip('/')}/" if settings.image_registry else ""
-    return f"{prefix}mlfuncs:{__version__}-py{python_version()}"
+    return f"{prefix}mlfuncs/base:{__version__}"
 
 
 def pod_environment(settings: Settings) -> dict[str, str]:
