@@ -13,16 +13,17 @@ RUN ["python", "-m", "venv", "/opt/mlfuncs"]
 WORKDIR /src
 # certificates.pem is there when the building machine has authorities of its own; it stays in this stage.
 COPY pyproject.toml certificates.pe[m] ./
-RUN ["python", "-c", "import pathlib, tomllib; lines = tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies']; pathlib.Path('core.txt').write_text('\\n'.join(line for line in lines if not line.startswith('uv>')))"]
-RUN ["/opt/mlfuncs/bin/python", "-m", "pip", "install", "--no-cache-dir", "--disable-pip-version-check", "--quiet", "hatchling>=1.25", "--target", "/build"]
+# Its own packages are copied beside the dependencies, so that a change of them downloads nothing. uv is for machines that
+# build environments, which containers never do.
+RUN ["python", "-c", "import pathlib, tomllib; lines = tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies']; pathlib.Path('core.txt').write_text('\\n'.join(line for line in lines if not line.startswith('uv>'))); next(pathlib.Path('/opt/mlfuncs/lib').glob('python*/site-packages')).joinpath('mlfuncs.pth').write_text('\\n'.join(f'/opt/mlfuncs/src{part}' for part in ('', '/runtime', '/pipelines', '/featurestore')))"]
 RUN ["/opt/mlfuncs/bin/python", "-m", "pip", "install", "--no-cache-dir", "--disable-pip-version-check", "--quiet", "-r", "core.txt"]
-COPY README.md LICENSE ./
-COPY mlfuncs mlfuncs
-COPY runtime runtime
-COPY pipelines pipelines
-COPY featurestore featurestore
-RUN ["/usr/bin/env", "PYTHONPATH=/build", "/opt/mlfuncs/bin/python", "-m", "pip", "install", "--no-cache-dir", "--disable-pip-version-check", "--quiet", "--no-build-isolation", "--no-deps", "."]
 RUN ["/opt/mlfuncs/bin/python", "-m", "pip", "uninstall", "--quiet", "--yes", "setuptools", "pip"]
+COPY pyproject.toml LICENSE /opt/mlfuncs/src/
+COPY mlfuncs /opt/mlfuncs/src/mlfuncs
+COPY runtime /opt/mlfuncs/src/runtime
+COPY pipelines /opt/mlfuncs/src/pipelines
+COPY featurestore /opt/mlfuncs/src/featurestore
+RUN ["/opt/mlfuncs/bin/python", "-m", "compileall", "-q", "/opt/mlfuncs/src"]
 
 FROM ${PYTHON_IMAGE}
 ARG VERSION=0.1.0
@@ -32,7 +33,10 @@ LABEL org.opencontainers.image.title="mlfuncs base" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"
-COPY --from=build /opt/mlfuncs /opt/mlfuncs
+COPY --from=build /opt/mlfuncs/bin /opt/mlfuncs/bin
+COPY --from=build /opt/mlfuncs/pyvenv.cfg /opt/mlfuncs/pyvenv.cfg
+COPY --from=build /opt/mlfuncs/lib /opt/mlfuncs/lib
+COPY --from=build /opt/mlfuncs/src /opt/mlfuncs/src
 # The root file system may be read-only: all that is written goes to /tmp. The user has a number and no name.
 ENV PATH=/opt/mlfuncs/bin:/usr/local/bin:/usr/bin:/bin \
     HOME=/tmp \

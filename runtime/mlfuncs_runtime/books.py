@@ -33,6 +33,8 @@ class Launch:
     config: Mapping[str, Any]  # a WorkerConfig as a dict, without replica and socket
     env: Mapping[str, str]
     log: Path
+    module: str = "mlfuncs_runtime.worker"  # what a replica's process runs
+    forks: bool = True  # whether a zygote may fork replicas
 
 
 @dataclass

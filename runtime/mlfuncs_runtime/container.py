@@ -22,6 +22,7 @@ from typing import Any
 PORT = 8080
 SOCKET = "/run/mlfuncs/worker.sock"  # where a replica serves; the directory is shared with the host
 SECRETS_DIR = "/run/secrets/mlfuncs"
+_MEMORY_EVENTS = ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control")
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -53,15 +54,16 @@ def mind(child: int, reader: int, writer: int, lifeline: bool) -> int:
     while True:
         status = _reap(child)
         if status is not None:
+            explain_kill(status)
             return status
         ready, _, _ = select.select(watched, [], [])
         if 0 in ready and not os.read(0, 4096):
             os.kill(child, signal.SIGKILL)
             watched.remove(0)
         if reader in ready:
-            for number in os.read(reader, 4096):
-                if number in FORWARDED:
-                    os.kill(child, number)
+            for received in os.read(reader, 4096):
+                if received in FORWARDED:
+                    os.kill(child, received)
 
 
 def _reap(child: int) -> int | None:
@@ -77,6 +79,29 @@ def _reap(child: int) -> int | None:
         if pid == child:
             code = os.waitstatus_to_exitcode(status)
             found = code if code >= 0 else 128 - code
+
+
+def explain_kill(status: int) -> None:
+    """Say when the kernel ended the worker for want of memory, which otherwise looks like any other kill."""
+    if status != 128 + signal.SIGKILL or not any(_kills(path) for path in _MEMORY_EVENTS):
+        return
+    reason = "it needed more memory than the container may have; raise resources.memory"
+    print(f"the worker was killed: {reason}", file=sys.stderr, flush=True)
+    problem = {"type": "about:blank", "title": "OutOfMemory", "status": 500, "detail": reason}
+    folder = os.path.dirname(SOCKET)
+    if os.access(folder, os.W_OK):
+        with open(f"{SOCKET}.error", "w", encoding="utf-8") as file:
+            json.dump(problem, file)
+
+
+def _kills(path: str) -> int:
+    """How often the kernel killed for memory in this container, as cgroup v2 or v1 counts it; 0 when unknown."""
+    try:
+        with open(path, encoding="ascii") as file:
+            counts = dict(line.split(" ", 1) for line in file.read().splitlines())
+        return int(counts.get("oom_kill", 0))
+    except (OSError, ValueError):
+        return 0
 
 
 def read_order() -> Mapping[str, Any]:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mlfuncs.registry import EndpointRow, Endpoints
 
 log = logging.getLogger("mlfuncs.supervisor")
+SERVED_TARGETS = ("process", "docker")  # what a supervisor keeps; the others are a cluster's
 
 
 class DesiredState:
@@ -69,7 +70,7 @@ class DesiredState:
 
     def _take(self, row: EndpointRow) -> None:
         owner = self._owners.get(row.name, row.project)
-        if row.target != "process":
+        if row.target not in SERVED_TARGETS:
             return
         if owner != row.project:
             if row.deleted:

@@ -21,6 +21,11 @@ async def make_launch(plan: EndpointPlan, revision: str, settings: Settings, pla
     """How to start the workers of a revision. Raises what opening its bundle or making its environment raises."""
     if revision not in plan.revisions:
         raise NotFound(f"revision of endpoint {plan.name!r}", revision, plan.revisions)
+    if plan.target == "docker":
+        from mlfuncs_runtime.docker_launch import make_docker_launch
+
+        config = worker_config(plan, revision, "").to_dict()
+        return await asyncio.to_thread(make_docker_launch, plan, revision, config, settings, places)
     own = dataclasses.replace(settings, project=plan.project)
     python = await asyncio.to_thread(_python_of, plan.digests[revision], own)
     log = places.endpoint_log(plan.name, revision)

@@ -67,7 +67,7 @@ class Workers:
         config = {**launch.config, "replica": record.seen.id, "socket": record.socket, "requested_at": wished_s}
         path = self._books.places.configs / f"{record.seen.id}.json"
         write_json(path, config)
-        command = processes.module_command(launch.python, "mlfuncs_runtime.worker", "--config", str(path))
+        command = processes.module_command(launch.python, launch.module, "--config", str(path))
         return processes.spawn(command, launch.env, launch.log, self._books.places.run)
 
     async def _fork(self, record: ReplicaRecord, zygote: ZygoteRecord, wished_s: float) -> ProcessHandle:

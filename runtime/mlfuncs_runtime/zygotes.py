@@ -43,6 +43,10 @@ class Zygotes:
         key = record.seen.key
         try:
             launch = await self._books.launch(key)
+            if not launch.forks:  # what makes the launch ready, an image say, is done by now
+                record.move(ZygotePhase.UNUSABLE)
+                self._books.changed()
+                return
             config = self._books.places.configs / f"zygote-{key[0]}-{key[1]}.json"
             write_json(config, launch.config)
             arguments = ("--config", str(config), "--control", str(record.path))
