@@ -66,7 +66,6 @@ class Worker:
         self.gate = asyncio.Event()  # /gate waits for it
         self.connections: set[_WorkerConnection] = set()
         self.accepted = 0
-        self.reading = True
         self._server: asyncio.AbstractServer | None = None
 
     async def start(self) -> None:
@@ -96,8 +95,6 @@ class _WorkerConnection(asyncio.Protocol):
         self.transport = transport  # type: ignore[assignment]
         self.worker.connections.add(self)
         self.worker.accepted += 1
-        if not self.worker.reading:
-            self.transport.pause_reading()
         self._task = asyncio.get_running_loop().create_task(self._serve())
 
     def connection_lost(self, exc: Exception | None) -> None:
