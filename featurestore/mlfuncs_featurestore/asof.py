@@ -222,7 +222,8 @@ class _Events:
         if view.event_id:
             deleted = values[DELETED].combine_chunks().fill_null(False).to_numpy(zero_copy_only=False)
             codes = values[view.event_id].combine_chunks().dictionary_encode().indices.fill_null(-1)
-            versions = (ids, codes.to_numpy(zero_copy_only=False), created, ingest)
+            written = created if view.created_timestamp else np.zeros_like(created)  # else the order of ingest alone
+            versions = (ids, codes.to_numpy(zero_copy_only=False), written, ingest)
             until = replaced_at(versions, timed=bool(aware and view.created_timestamp))
             known = np.where(deleted, FOREVER, known)
         self.refs, self.event_us = refs[order], event[order]

@@ -114,8 +114,10 @@ def check_rows(
     store: FeatureStore, view: FeatureView, rows: Any, *, deleted: bool, at_us: int, future: str
 ) -> quality.Checked:
     """The rows, transformed, conformed and held to the view's expectations, `__deleted` beside where views have it."""
-    if isinstance(rows, dict) and not any(isinstance(value, (list, np.ndarray, pa.Array)) for value in rows.values()):
-        rows = [rows]
+    if isinstance(rows, dict) and any(
+        isinstance(one, (str, bytes)) or not hasattr(one, "__len__") for one in rows.values()
+    ):
+        rows = [rows]  # one row: a column of values has a length
     table = as_table(rows)
     if (view.transform is not None or view.transform_bundle) and not deleted:
         from mlfuncs_featurestore.derived import apply_transform

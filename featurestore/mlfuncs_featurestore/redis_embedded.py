@@ -49,7 +49,11 @@ def stop_embedded(settings: Settings) -> bool:
             return False
         _end(pid)
         _pid_file(folder).unlink(missing_ok=True)
-        Path(socket_path(settings)).unlink(missing_ok=True)
+        path = Path(socket_path(settings))
+        path.unlink(missing_ok=True)
+        if path.parent != folder:
+            with contextlib.suppress(OSError):
+                path.parent.rmdir()
     return True
 
 

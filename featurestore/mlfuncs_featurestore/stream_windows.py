@@ -107,7 +107,8 @@ class EntityEvents:
         known = np.maximum(self.event_us, self.created_us) if self._aware else self.event_us
         until = np.full(len(self.rows), FOREVER)
         if self.view.event_id:
-            versions = (self.ids, self._codes(), self.created_us, self.sequence)
+            written = self.created_us if self.view.created_timestamp else np.zeros_like(self.created_us)
+            versions = (self.ids, self._codes(), written, self.sequence)
             until = replaced_at(versions, timed=self._aware)
             known = np.where(self.deleted, FOREVER, known)
         return Events(self.starts, self.event_us, known, until)
