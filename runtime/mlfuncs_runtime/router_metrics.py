@@ -110,23 +110,34 @@ async def _scrape(replica: ReplicaState) -> str | None:
             reader, writer = await asyncio.open_unix_connection(replica.replica.socket, limit=_SCRAPE_BYTES)
             try:
                 writer.write(b"GET /-/metrics HTTP/1.1\r\nHost: worker\r\nConnection: close\r\n\r\n")
-                return _body_of(await reader.read(-1))
+                return await _read_body(reader)
             finally:
                 writer.close()
     except (OSError, TimeoutError, HttpParserError):
         return None
 
 
-def _body_of(raw: bytes) -> str | None:
-    answer = _Answer()
+async def _read_body(reader: asyncio.StreamReader) -> str | None:
+    answer, size = _Answer(), 0
     parser = HttpResponseParser(answer)
-    parser.feed_data(raw)
-    return b"".join(answer.pieces).decode("utf-8", "replace") if parser.get_status_code() == 200 else None
+    while not answer.is_whole and size < _SCRAPE_BYTES:
+        data = await reader.read(65_536)
+        if not data:
+            break
+        size += len(data)
+        parser.feed_data(data)
+    if not answer.is_whole or parser.get_status_code() != 200:
+        return None
+    return b"".join(answer.pieces).decode("utf-8", "replace")
 
 
 class _Answer:
     def __init__(self) -> None:
         self.pieces: list[bytes] = []
+        self.is_whole = False
+
+    def on_message_complete(self) -> None:
+        self.is_whole = True
 
     def on_body(self, piece: bytes) -> None:
         self.pieces.append(piece)
