@@ -27,7 +27,6 @@ _SPECIAL = frozenset(
     b"host content-length transfer-encoding connection keep-alive proxy-connection te trailer upgrade expect "
     b"authorization proxy-authorization cookie origin x-request-id traceparent x-mlfuncs-timeout-ms".split()
 )
-_NEVER_NOMINATED = frozenset((b"host", b"content-length", b"transfer-encoding", b"authorization", b"cookie"))
 
 
 class BadRequest(Exception):

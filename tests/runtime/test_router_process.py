@@ -16,6 +16,9 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
+import pytest
+
 from mlfuncs_runtime.router_core import RouterOptions
 from mlfuncs_runtime.router_meter import LoadMeter, RequestCounts
 from mlfuncs_runtime.routes import Access, Limits, Replica, Route
@@ -247,6 +250,46 @@ def test_restarts_on_the_same_listener_lose_no_request(home: Path) -> None:
         assert set(statuses) == {200}
 
     run(main(), timeout_s=60)
+
+
+@pytest.mark.slow
+def test_100_000_requests_leak_neither_descriptors_nor_memory(home: Path, require: Require) -> None:
+    require("wrk", shutil.which("wrk"))
+
+    async def main() -> None:
+        folder = home.parent
+        worker = Worker(folder / "w.sock", "rev-1", "w0")
+        await worker.start()
+        route = Route("predict", "test", {"rev-1": 1}, (worker.replica,))
+        (folder / "routes.json").write_text(json.dumps({"routes": [route.to_dict()]}))
+        listener = listen()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/predict"
+
+        async def requests(least: int) -> None:
+            sent = 0
+            while sent < least:
+                load = await asyncio.create_subprocess_exec(
+                    *("wrk", "-t1", "-c16", "-d1s", url), stdout=asyncio.subprocess.PIPE
+                )
+                out = (await load.communicate())[0].decode()
+                assert "Non-2xx" not in out
+                assert "Socket errors" not in out
+                sent += next(int(line.split()[0]) for line in out.splitlines() if "requests in" in line)
+                worker.seen.clear()
+
+        async with process(listener, folder) as running:
+            router = psutil.Process(running.pid)
+            await requests(5_000)
+            before = (router.num_fds(), router.memory_info().rss)
+            await requests(100_000)
+            await asyncio.sleep(0.1)
+            after = (router.num_fds(), router.memory_info().rss)
+        worker.kill()
+        listener.close()
+        assert after[0] <= before[0] + 2
+        assert after[1] - before[1] < 4 * 2**20
+
+    run(main(), timeout_s=120)
 
 
 def test_wakes_the_supervisor_and_serves_once_it_is_told_of_a_worker(home: Path) -> None:
