@@ -78,6 +78,7 @@ def name_process(config: WorkerConfig) -> None:
 
 def load_app(config: WorkerConfig, settings: Settings) -> WorkerApp:
     """The bundle's application, loaded and warmed; it still has to be served. Raises what loading raises."""
+    from mlfuncs import adapters
     from mlfuncs.artifacts import ArtifactRef, ArtifactStore
     from mlfuncs.bundle import open_bundle
     from mlfuncs_runtime.asgi import WorkerApp
@@ -85,6 +86,10 @@ def load_app(config: WorkerConfig, settings: Settings) -> WorkerApp:
     from mlfuncs_runtime.invocation import AppOptions
 
     target = open_bundle(config.bundle, settings).load()
+    if config.features:  # callers send entity keys, the handler receives features
+        reader = adapters.load("features:reader")(config.features, settings)
+        reader.warm()
+        target = reader.bind(target)
     values: dict[str, Any] = {}
     if config.init_args:
         store = ArtifactStore.open(settings)
