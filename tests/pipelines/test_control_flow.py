@@ -466,3 +466,65 @@ def test_independent_steps_run_at_the_same_time(run: Run, tmp_path: Path) -> Non
         meet(folder=folder, me="b", other="a")
 
     assert run(parallel, folder=str(tmp_path)).status == "succeeded"
+
+
+def test_more_than_two_iterations_of_a_loop_run_at_once(run: Run, tmp_path: Path) -> None:
+    @dsl.component(base_image=IMAGE)
+    def gather(folder: str, me: int, all_of: int) -> int:
+        import os
+        import time
+
+        open(os.path.join(folder, str(me)), "w").close()
+        deadline = time.time() + 60
+        while len(os.listdir(folder)) < all_of:
+            if time.time() > deadline:
+                raise TimeoutError("the others never started")
+            time.sleep(0.01)
+        return me
+
+    @dsl.pipeline(name="wide")
+    def wide(folder: str):
+        with dsl.ParallelFor([1, 2, 3, 4]) as item:
+            gather(folder=folder, me=item, all_of=4)
+
+    (tmp_path / "folder").mkdir()
+    assert run(wide, Options(parallel=4), folder=str(tmp_path / "folder")).status == "succeeded"
+
+
+def test_parallelism_limits_a_loop(run: Run, tmp_path: Path) -> None:
+    @dsl.component(base_image=IMAGE)
+    def alone(folder: str, me: int) -> int:
+        import os
+        import time
+
+        lock = os.path.join(folder, "lock")
+        os.close(os.open(lock, os.O_CREAT | os.O_EXCL))  # fails when another iteration is at it
+        time.sleep(0.05)
+        os.unlink(lock)
+        return me
+
+    @dsl.pipeline(name="narrow")
+    def narrow(folder: str):
+        with dsl.ParallelFor([1, 2, 3], parallelism=1) as item:
+            alone(folder=folder, me=item)
+
+    assert run(narrow, folder=str(tmp_path)).status == "succeeded"
+
+
+@pytest.mark.slow
+def test_kfp_local_gives_the_same_where_it_is_right(run: Run, tmp_path: Path) -> None:
+    from kfp import local
+
+    @dsl.pipeline(name="same")
+    def same(n: int = 3) -> NamedTuple("Out", [("sum", int), ("text", str)]):
+        with dsl.ParallelFor(numbers(n=n).output) as item:
+            one = add(a=item)
+        data = write(text="abc")
+        out = NamedTuple("Out", [("sum", int), ("text", str)])
+        return out(total(xs=dsl.Collected(one.output)).output, read(data=data.outputs["out"]).output)
+
+    local.init(runner=local.SubprocessRunner(use_venv=False), pipeline_root=str(tmp_path / "kfp"))
+    theirs = same(n=3).outputs
+    ours = run(same, n=3).outputs
+    assert ours == {"sum": 9, "text": "abc:3"}
+    assert theirs == {"sum": 9, "text": "abc:3.0"}  # its metadata turns integers into floats; the backend's do not

@@ -52,7 +52,7 @@ def command(tmp_path: Path):
 
 
 def test_run_takes_code_and_compiled_files(command, tmp_path: Path) -> None:
-    for target in ("pipes.py:ours", "pipes:ours", "pipes.py:theirs"):
+    for target in ("pipes:ours", "pipes.py:theirs"):
         done = command("run", target, "--param", "n=4", "--json")
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["outputs"] == {"Output": 5 if "theirs" in target else 8}
@@ -60,7 +60,6 @@ def test_run_takes_code_and_compiled_files(command, tmp_path: Path) -> None:
     assert json.loads(done.stdout) == {"pipeline": "ours", "path": "out/ours.yaml"}, done.stderr
     done = command("run", "out/ours.yaml", "--json")
     assert json.loads(done.stdout)["outputs"] == {"Output": 6}
-    assert command("validate", "out/ours.yaml").returncode == 0
 
 
 def test_steps_print_live_with_their_names(command) -> None:

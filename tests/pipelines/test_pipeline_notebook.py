@@ -12,6 +12,7 @@ def _html(cell: Any) -> str:
     return "".join("".join(output.get("data", {}).get("text/html", "")) for output in cell.get("outputs", []))
 
 
+@pytest.mark.slow
 def test_tutorial_runs_and_shows_its_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import nbclient
     import nbformat
