@@ -1,0 +1,156 @@
+"""Endpoints as containers of a real Docker Engine: limits, secrets, zero, crashes, failures and what is left after."""
+
+import json
+import os
+import shutil
+import subprocess
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+import mlfuncs as ml
+from mlfuncs.errors import DeployFailed, Unavailable
+from mlfuncs.loading import load_target
+from mlfuncs.settings import Settings, read_settings
+from mlfuncs_runtime.docker_engine import DockerEngine
+from mlfuncs_runtime.docker_launch import home_mark
+from mlfuncs_runtime.docker_replica import HOME_LABEL
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
+SOURCE = """
+    import os
+    import mlfuncs as ml
+
+    @ml.function(secrets=["PASSPHRASE"], requirements=[], resources=ml.Resources(cpu=0.5, memory="256Mi"),
+                 scale=ml.Scale(min=0, max=2, initial=1, window_s=1, grace_s=0))
+    def about(ask: str = "") -> str:
+        if ask == "secret":
+            value = ml.secret("PASSPHRASE")
+            print("the secret is", value, flush=True)
+            return value[::-1]
+        if ask == "write":
+            open("/opt/x", "w")
+        if ask == "memory":
+            block = bytearray(600 * 2**20)
+            return str(len(block))
+        return str(os.getuid())
+
+    @ml.function(requirements=[], scale=ml.Scale(max=1))
+    def broken(x: int) -> int:
+        return x
+"""
+
+
+@pytest.fixture(scope="module")
+def engine(require):
+    require("root (to start a Docker Engine)", os.geteuid() == 0 or shutil.which("docker"))
+    done = subprocess.run([ROOT / "scripts" / "docker-engine"], capture_output=True, text=True, check=False)
+    require(f"a Docker Engine ({done.stderr[-500:]})", done.returncode == 0)
+    return DockerEngine()
+
+
+@pytest.fixture(scope="module")
+def base(engine, tmp_path_factory):
+    """The base image, built once for the module."""
+    from mlfuncs_runtime.images.docker_builder import DockerBuilder
+
+    return DockerBuilder(Settings(tmp_path_factory.mktemp("home"), "test")).base(print).name
+
+
+@pytest.fixture
+def functions(home, tmp_path, monkeypatch, engine, base):
+    """The module's functions, in a home whose containers are gone afterwards."""
+    monkeypatch.setenv("MLFUNCS_PORT", "0")
+    monkeypatch.setenv("MLFUNCS_BASE_IMAGE", base)
+    monkeypatch.setenv("PASSPHRASE", "open-sesame")
+    path = tmp_path / "served.py"
+    path.write_text(textwrap.dedent(SOURCE))
+    yield lambda name: load_target(f"{path}:{name}")
+    from mlfuncs_runtime.process_target import ProcessTarget
+
+    ProcessTarget(read_settings()).stop()
+    assert until(lambda: not own_containers(engine)), "a container outlived its supervisor"
+    subprocess.run("docker images -q 'mlfuncs/test-*' | xargs -r docker rmi -f", shell=True, capture_output=True)
+
+
+def own_containers(engine):
+    return engine.containers({HOME_LABEL: home_mark(read_settings())})
+
+
+def until(holds, timeout_s=30.0):
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if holds():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_a_container_serves_confined_with_its_secret_as_a_file(functions, engine):
+    endpoint = functions("about").deploy(target="docker")
+    (found,) = own_containers(engine)
+    inspected = engine.call("GET", f"/containers/{found['Id']}/json")
+    host = inspected["HostConfig"]
+    assert host["ReadonlyRootfs"] and host["CapDrop"] == ["ALL"] and host["SecurityOpt"] == ["no-new-privileges"]
+    assert host["Memory"] == host["MemorySwap"] == 256 * 2**20 and host["NanoCpus"] == 5 * 10**8
+    assert 0 < host["PidsLimit"] < 10_000 and not host["Privileged"]
+    assert endpoint.invoke() == "10001"
+    assert endpoint.invoke(ask="secret") == "emases-nepo"
+    assert "open-sesame" not in json.dumps(inspected)
+    assert until(lambda: "the secret is ***" in str(endpoint.logs()))
+    assert "open-sesame" not in str(endpoint.logs())
+    with pytest.raises(ml.MlfuncsError):
+        endpoint.invoke(ask="write")
+    endpoint.delete()
+    assert own_containers(engine) == []
+    images = [tag for image in engine.call("GET", "/images/json") for tag in image["RepoTags"] or ()]
+    assert not [tag for tag in images if tag.startswith("mlfuncs/test-about:")]
+
+
+def test_it_goes_to_zero_and_comes_back_with_a_request(functions, engine):
+    endpoint = functions("about").deploy(target="docker")
+    assert until(lambda: not own_containers(engine) and endpoint.status().state == "idle"), endpoint.status()
+    assert endpoint.invoke() == "10001"
+    assert len(own_containers(engine)) == 1
+
+
+def test_a_container_ends_with_its_process_and_is_replaced(functions, engine):
+    endpoint = functions("about").with_options(scale=ml.Scale(min=1, max=1)).deploy(target="docker")
+    (before,) = own_containers(engine)
+    os.kill(endpoint.status().replicas[0].pid, 9)
+    assert until(lambda: before["Id"] not in [c["Id"] for c in own_containers(engine)])
+    assert endpoint.invoke(timeout_s=30) == "10001"
+
+
+def test_want_of_memory_is_named(functions, engine):
+    endpoint = functions("about").with_options(scale=ml.Scale(min=1, max=1)).deploy(target="docker")
+    with pytest.raises(ml.MlfuncsError):
+        endpoint.invoke(ask="memory", timeout_s=20)
+    assert until(lambda: "raise resources.memory" in str(endpoint.logs())), str(endpoint.logs())
+    assert endpoint.invoke(timeout_s=30) == "10001"
+
+
+def test_what_cannot_load_fails_the_deploy_and_the_old_revision_serves(functions, engine, tmp_path):
+    endpoint = functions("broken").deploy(target="docker")
+    path = tmp_path / "worse.py"
+    path.write_text(
+        "import os\nimport mlfuncs as ml\n\n@ml.function(requirements=[], name='broken')\nclass Broken:\n"
+        "    def __init__(self) -> None:\n"
+        "        if os.path.exists('/opt/function'):\n            raise ValueError('no model here')\n"
+        "    def __call__(self, x: int) -> int:\n        return -x\n"
+    )
+    with pytest.raises(DeployFailed, match="no model here"):
+        load_target(f"{path}:Broken").deploy(target="docker")
+    assert endpoint.invoke(x=3) == 3
+
+
+def test_without_an_engine_the_deploy_says_how_to_get_one(functions, monkeypatch, tmp_path):
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/none.sock")
+    with pytest.raises(Unavailable, match="scripts/docker-engine"):
+        functions("broken").deploy(target="docker")
+    monkeypatch.setenv("DOCKER_HOST", "tcp://10.0.0.1:2375")
+    with pytest.raises(Unavailable, match="engine of this machine"):
+        functions("broken").deploy(target="docker")

@@ -1,0 +1,233 @@
+"""Function images: the same input gives the same digest, nothing of the building machine is in them, and they run."""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import textwrap
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from mlfuncs.bundle import open_bundle
+from mlfuncs.errors import SpecError
+from mlfuncs.loading import load_target
+from mlfuncs.revision_config import RevisionConfig
+from mlfuncs.settings import Settings, read_settings
+from mlfuncs_runtime.images.base import find_source
+from mlfuncs_runtime.images.builder import MemoryBuilder
+from mlfuncs_runtime.images.function_image import ImageFunction, assemble, shared_lock
+from mlfuncs_runtime.images.image import layers_in, write_archive
+from mlfuncs_runtime.images.layers import Entry, write_layer
+from mlfuncs_runtime.images.sbom import cyclonedx
+
+ROOT = Path(__file__).parents[2]
+SOURCE = """
+    import mlfuncs as ml
+
+    @ml.function(requirements=["six==1.17.0"])
+    def double(x: float) -> float:
+        import six
+        return {factor} * x
+
+    @ml.function(requirements=["six==1.17.0"])
+    def negate(x: float) -> float:
+        return -x
+
+    @ml.function(requirements=["six==1.16.0"])
+    def other(x: float) -> float:
+        return x
+"""
+
+
+@pytest.fixture
+def functions(tmp_path, home):
+    def load(*names, factor=2):
+        path = tmp_path / f"served{factor}.py"
+        path.write_text(textwrap.dedent(SOURCE).format(factor=factor))
+        loaded = [load_target(f"{path}:{name}") for name in names]
+        return [ImageFunction(f.spec.name, f.bundle.digest, RevisionConfig(f.spec)) for f in loaded]
+
+    return load
+
+
+def paths_in(layer):
+    with tarfile.open(layer.path) as archive:
+        return {member.name for member in archive if member.isfile()}
+
+
+def test_a_layer_does_not_depend_on_times_owners_or_order(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.write_text("a")
+    two.write_text("b")
+    first = write_layer([Entry("/opt/f/1", one), Entry("/opt/f/2", two)], tmp_path / "layers")
+    os.utime(one, (1, 1))
+    one.chmod(0o600)
+    second = write_layer([Entry("/opt/f/2", two), Entry("/opt/f/1", one)], tmp_path / "layers")
+    assert first == second and first.digest == hashlib.sha256(first.path.read_bytes()).hexdigest()
+
+
+def test_the_same_functions_give_the_same_image_and_a_change_only_its_own_layer(functions, settings):
+    base = MemoryBuilder().base(print)
+    first = assemble(functions("double"), base, settings)
+    shutil.rmtree(settings.home / "images")  # the wheels are installed and compiled anew
+    again = assemble(functions("double"), base, settings)
+    assert first.id == again.id
+    changed = assemble(functions("double", factor=3), base, settings)
+    assert changed.id != first.id
+    assert changed.layers[0].digest == first.layers[0].digest
+    assert changed.layers[-1].size_bytes < 100_000
+
+
+def test_an_image_has_bundle_signature_bill_and_compiled_wheels(functions, settings):
+    (function,) = functions("double")
+    wheels, own = assemble([function], MemoryBuilder().base(print), settings).layers
+    place = f"opt/function/bundles/{function.bundle}/test"
+    assert {f"{place}/bundle.zip", f"{place}/bundle.sig", "opt/function/functions/double.json"} <= paths_in(own)
+    assert "opt/function/site-packages/six.py" in paths_in(wheels)
+    assert any(name.endswith(".pyc") for name in paths_in(wheels))
+    with tarfile.open(own.path) as archive:
+        bill = json.load(archive.extractfile("opt/function/sbom/double.cdx.json"))
+    assert bill["bomFormat"] == "CycloneDX"
+    assert "pkg:pypi/six@1.17.0" in [component.get("purl") for component in bill["components"]]
+
+
+def test_functions_share_an_image_when_their_pins_agree(functions, settings):
+    image = assemble(functions("double", "negate"), MemoryBuilder().base(print), settings)
+    names = paths_in(image.layers[-1])
+    assert {"opt/function/functions/double.json", "opt/function/functions/negate.json"} <= names
+    with pytest.raises(SpecError, match=r"six==1.1[67].0 and .* needs six==1.1[67].0"):
+        shared_lock({f.name: open_bundle(f.bundle, settings) for f in functions("double", "other")})
+
+
+def test_an_index_with_a_password_leaves_nothing_in_the_image(functions, settings, monkeypatch):
+    index = "https://ci-user:hunter2@pypi.org/simple"
+    monkeypatch.setenv("MLFUNCS_UV_INDEX_URL", index)
+    monkeypatch.setenv("HTTPS_PROXY_NOTE", "hunter2")
+    settings = read_settings()
+    image = assemble(functions("double"), MemoryBuilder().base(print), settings)
+    archive = io.BytesIO()
+    write_archive(image, ["x:1"], archive, {})
+    whole = archive.getvalue()
+    for word in (b"hunter2", b"ci-user", str(settings.home).encode()):
+        assert word not in whole
+
+
+def test_an_archive_is_what_docker_save_would_give(functions, settings, tmp_path):
+    image = assemble(functions("double"), MemoryBuilder().base(print), settings)
+    archive = io.BytesIO()
+    write_archive(image, ["a/b:1"], archive, {})
+    archive.seek(0)
+    with tarfile.open(fileobj=archive) as members:
+        (manifest,) = json.load(members.extractfile("manifest.json"))
+        config = members.extractfile(manifest["Config"]).read()
+    assert f"sha256:{hashlib.sha256(config).hexdigest()}" == image.id
+    assert len(manifest["Layers"]) == len(json.loads(config)["rootfs"]["diff_ids"]) == 2
+    archive.seek(0)
+    assert set(layers_in(archive, [layer.diff_id for layer in image.layers], tmp_path)) == {
+        layer.diff_id for layer in image.layers
+    }
+
+
+def test_a_bill_names_versions_and_hashes_but_no_password():
+    lock = [f"six==1.17.0 --hash=sha256:{'a' * 64}", "mine @ git+https://me:token@host/mine@abc"]
+    six, mine = sorted(cyclonedx("f", "0" * 64, lock)["components"], key=lambda c: c["name"], reverse=True)
+    assert six["hashes"] == [{"alg": "SHA-256", "content": "a" * 64}]
+    assert "token" not in json.dumps(mine) and "host/mine" in json.dumps(mine)
+
+
+def test_the_base_is_named_after_all_that_it_is_made_of():
+    source = find_source()
+    assert source.tag("sha256:1") != source.tag("sha256:2")
+    names = {entry.name for entry in source.context()}
+    assert "Dockerfile" in names and "mlfuncs/spec.py" in names and not any("__pycache__" in name for name in names)
+
+
+@pytest.mark.slow
+def test_an_image_runs_read_only_without_a_network_and_stops_when_told(functions, settings, require):
+    require("root (to start a Docker Engine)", os.geteuid() == 0 or shutil.which("docker"))
+    done = subprocess.run([ROOT / "scripts" / "docker-engine"], capture_output=True, text=True, check=False)
+    require(f"a Docker Engine ({done.stderr[-500:]})", done.returncode == 0)
+    from mlfuncs_runtime.images.docker_builder import DockerBuilder
+
+    builder = DockerBuilder(settings)
+    image = assemble(functions("double", "negate"), builder.base(print), settings)
+    built = builder.store(image, [f"mlfuncs/test-{os.getpid()}:1"])
+    name = built.reference
+    arguments = ["--read-only", "--tmpfs", "/tmp", "--cap-drop", "ALL", "-e", "MLFUNCS_FUNCTION=negate"]
+    arguments += ["--security-opt", "no-new-privileges", "-p", "127.0.0.1::8080"]
+    container = _docker("run", "-d", *arguments, name)
+    try:
+        address = _docker("port", container, "8080").splitlines()[0]
+        assert _answer(f"http://{address}/", {"x": 2}, container) == b"-2.0"
+        _docker("exec", container, "/opt/mlfuncs/bin/python", "-P", "-m", "mlfuncs_runtime.container", "--check")
+        started = time.monotonic()
+        _docker("stop", container)
+        assert time.monotonic() - started < 8
+        assert _docker("inspect", "-f", "{{.State.ExitCode}}", container) == "0"
+    finally:
+        subprocess.run(["docker", "rm", "-f", container], capture_output=True, check=False)
+        subprocess.run(["docker", "rmi", "-f", name], capture_output=True, check=False)
+
+
+@pytest.mark.slow
+def test_an_engine_without_the_base_gets_all_layers(functions, settings, require):
+    require("a Docker Engine", shutil.which("docker") and os.path.exists("/var/run/docker.sock"))
+    from mlfuncs_runtime.images.docker_builder import DockerBuilder
+
+    builder = DockerBuilder(Settings(settings.home, "test", base_image="python:3.11-slim"))
+    base = builder.base(print)
+    image = assemble(functions("double"), base, settings)
+    folder = settings.home / "full"
+    folder.mkdir()
+    layers = builder._base_layers(base, folder)
+    assert set(layers) == set(base.diff_ids)
+    builder._load(image, [f"mlfuncs/test-full-{os.getpid()}:1"], layers, folder)
+    subprocess.run(["docker", "rmi", f"mlfuncs/test-full-{os.getpid()}:1"], capture_output=True, check=True)
+
+
+def test_the_first_process_reaps_passes_signals_on_and_ends_with_the_workers_status(tmp_path):
+    code = textwrap.dedent("""
+        import os, signal, sys, time
+        from mlfuncs_runtime import container
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        child = os.fork()
+        if child == 0:
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
+            print("up", flush=True)
+            time.sleep(30)
+        sys.exit(container.mind(child, reader, writer, lifeline=%s))
+    """)
+    for lifeline, end, status in ((False, "signal", 7), (True, "input", 137)):
+        process = subprocess.Popen(
+            [sys.executable, "-c", code % lifeline], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "runtime")])},
+        )  # fmt: skip
+        assert process.stdout.readline() == b"up\n"
+        time.sleep(0.1)
+        process.terminate() if end == "signal" else process.stdin.close()
+        assert process.wait(20) == status
+        process.stdout.close()
+
+
+def _docker(*arguments):
+    return subprocess.run(["docker", *arguments], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def _answer(url, body, container):
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            request = urllib.request.Request(url, json.dumps(body).encode(), method="POST")
+            return urllib.request.urlopen(request, timeout=10).read()
+        except OSError:
+            if time.monotonic() > deadline:
+                raise AssertionError(_docker("logs", container)) from None
+            time.sleep(0.1)
