@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import importlib
 import json
 import os
 import sys
@@ -21,6 +22,17 @@ if TYPE_CHECKING:
     from mlfuncs.settings import Settings
     from mlfuncs.spec import FunctionSpec
     from mlfuncs_pipelines.ports import Port
+
+
+# what a call imports late; a forked step finds it loaded
+_LATER = (
+    "mlfuncs.codecs",
+    "mlfuncs.execution",
+    "mlfuncs.journal",
+    "mlfuncs.secrets",
+    "mlfuncs.tracking",
+    "mlfuncs_pipelines.artifact_files",
+)
 
 
 @dataclass(frozen=True)
@@ -89,10 +101,11 @@ def load(step: Mapping[str, Any]) -> Loaded:
 
 def _warm(loaded: Loaded) -> None:
     """Import and build now, once, what no step forked from here should have to."""
-    import mlfuncs_pipelines.artifact_files  # noqa: F401
     from mlfuncs.errors import InvalidInput
     from mlfuncs_pipelines.ports import build_borders
 
+    for name in _LATER:
+        importlib.import_module(name)
     build_borders([*loaded.inputs.values(), *loaded.outputs.values()])
     try:
         loaded.signature.validate_python({})

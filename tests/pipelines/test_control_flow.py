@@ -517,14 +517,16 @@ def test_kfp_local_gives_the_same_where_it_is_right(run: Run, tmp_path: Path) ->
 
     @dsl.pipeline(name="same")
     def same(n: int = 3) -> NamedTuple("Out", [("sum", int), ("text", str)]):
-        with dsl.ParallelFor(numbers(n=n).output) as item:
-            one = add(a=item)
         data = write(text="abc")
+        with dsl.If(n > 2):
+            big = add(a=n)
+        with dsl.Else():
+            small = add(a=0)
         out = NamedTuple("Out", [("sum", int), ("text", str)])
-        return out(total(xs=dsl.Collected(one.output)).output, read(data=data.outputs["out"]).output)
+        return out(dsl.OneOf(big.output, small.output), read(data=data.outputs["out"]).output)
 
     local.init(runner=local.SubprocessRunner(use_venv=False), pipeline_root=str(tmp_path / "kfp"))
     theirs = same(n=3).outputs
     ours = run(same, n=3).outputs
-    assert ours == {"sum": 9, "text": "abc:3"}
-    assert theirs == {"sum": 9, "text": "abc:3.0"}  # its metadata turns integers into floats; the backend's do not
+    assert ours == {"sum": 5, "text": "abc:3"}
+    assert theirs == {"sum": 5, "text": "abc:3.0"}  # its metadata turns integers into floats; the backend's do not
