@@ -1,0 +1,77 @@
+"""Why pods do not become ready, from their status, for people; pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+_PULL = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull")
+_CONFIG = ("CreateContainerConfigError", "CreateContainerError", "RunContainerError")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What is wrong, with the cluster's own words; `pod` is where the log is, "" when none has one."""
+
+    reason: str
+    pod: str = ""
+    final: bool = True  # waiting longer would not help
+
+
+def failure_of(deployment: Mapping[str, Any], pods: Sequence[Mapping[str, Any]]) -> Failure | None:
+    """The first thing that keeps a deployment from being ready, or None while it may just need time."""
+    for condition in (deployment.get("status") or {}).get("conditions") or ():
+        if condition["type"] == "ReplicaFailure" and condition["status"] == "True":
+            message = str(condition.get("message", ""))
+            mend = "lower resources or scale, or have the quota raised" if "quota" in message else "see its events"
+            return Failure(f"no pod can be made: {message}; {mend}")
+        if condition["type"] == "Progressing" and condition.get("reason") == "ProgressDeadlineExceeded":
+            return _of_pods(pods) or Failure(str(condition.get("message", "it made no progress in time")))
+    return _of_pods(pods)
+
+
+def _of_pods(pods: Sequence[Mapping[str, Any]]) -> Failure | None:
+    return next(filter(None, map(_of_pod, pods)), None)
+
+
+def _of_pod(pod: Mapping[str, Any]) -> Failure | None:
+    name, status = str(pod["metadata"]["name"]), pod.get("status") or {}
+    for condition in status.get("conditions") or ():
+        if condition["type"] == "PodScheduled" and condition.get("reason") == "Unschedulable":
+            said = condition.get("message", "")
+            return Failure(
+                f"pod {name} fits on no node: {said}; lower resources, or change pod.node_selector and tolerations"
+            )
+    for container in status.get("containerStatuses") or ():
+        waiting = (container.get("state") or {}).get("waiting") or {}
+        reason, message = str(waiting.get("reason", "")), str(waiting.get("message", ""))
+        if reason in _PULL:
+            image = container.get("image", "")
+            return Failure(
+                f"the image {image} cannot be pulled ({reason}: {message}); push it, or name a login in "
+                "pod.image_pull_secrets"
+            )
+        if reason in _CONFIG:
+            return Failure(f"pod {name} cannot start ({reason}: {message}); is its Secret there?")
+        ended = _ended(container)
+        if reason == "CrashLoopBackOff" or (ended and int(container.get("restartCount", 0)) >= 1):
+            return Failure(f"pod {name} ends again and again{_how(ended)}", name)
+    return None
+
+
+def _ended(container: Mapping[str, Any]) -> Mapping[str, Any]:
+    for key in ("state", "lastState"):
+        ended: Mapping[str, Any] = (container.get(key) or {}).get("terminated") or {}
+        if ended:
+            return ended
+    return {}
+
+
+def _how(ended: Mapping[str, Any]) -> str:
+    if not ended:
+        return ""
+    if ended.get("reason") == "OOMKilled":
+        return ": it needs more memory than its limit; raise resources.memory"
+    message = str(ended.get("message") or "").strip()
+    return f" (exit code {ended.get('exitCode')})" + (f": {message}" if message else "")

@@ -1,0 +1,224 @@
+"""The cluster targets through the real kubernetes client, against an API server of the tests' own."""
+
+import importlib.util
+import time
+from pathlib import Path
+
+import pytest
+from kubernetes import client
+
+import mlfuncs as ml
+from mlfuncs import targets
+from mlfuncs.errors import DeployFailed, Forbidden, SpecError, Unavailable
+from mlfuncs.settings import read_settings
+from mlfuncs_runtime.cluster import Cluster
+from mlfuncs_runtime.images.builder import MemoryBuilder
+from mlfuncs_runtime.kubernetes_target import KnativeTarget, KubernetesTarget
+
+_spec = importlib.util.spec_from_file_location("fake_kubernetes", Path(__file__).with_name("fake_kubernetes.py"))
+fake_kubernetes = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(fake_kubernetes)
+
+
+@ml.function(requirements=[], scale=ml.Scale(min=1, max=3))
+def churn(x: float) -> float:
+    """Twice x."""
+    return 2 * x
+
+
+@pytest.fixture
+def api():
+    fake = fake_kubernetes.FakeKubernetes()
+    fake.behaviour = lambda path, manifest: becomes_ready(fake, path, manifest)
+    yield fake
+    fake.close()
+
+
+@pytest.fixture
+def builder():
+    return MemoryBuilder()
+
+
+@pytest.fixture
+def deploy(api, builder, monkeypatch):
+    monkeypatch.setenv("MLFUNCS_IMAGE_REGISTRY", "registry.example/team")
+    monkeypatch.setenv("MLFUNCS_KUBERNETES_NAMESPACE", "ml")
+
+    def open_target(name, settings):
+        configuration = client.Configuration(host=api.url)
+        cluster = Cluster(settings.kubernetes_namespace, client.ApiClient(configuration))
+        made = {"kubernetes": KubernetesTarget, "knative": KnativeTarget}[name](settings, cluster, builder)
+        made.poll_s = 0.01
+        return made
+
+    monkeypatch.setattr("mlfuncs.endpoints.open_target", open_target)
+    return lambda target="kubernetes", function=churn, **options: function.deploy(target=target, **options)
+
+
+def becomes_ready(fake, path, manifest):
+    if "/deployments/" in path:
+        manifest["status"] = {"observedGeneration": manifest["metadata"]["generation"], "readyReplicas": 1}
+    if manifest["apiVersion"].startswith("serving.knative.dev"):
+        manifest["status"] = {"url": "http://churn.ml.example.com"}
+        template = manifest["spec"]["template"]["metadata"]["name"]
+        fake.objects[f"/apis/serving.knative.dev/v1/namespaces/ml/revisions/{template}"] = {
+            "metadata": {"name": template},
+            "status": {"conditions": [{"type": "Ready", "status": "True"}]},
+        }
+
+
+def pod(revision, **status):
+    labels = {"app.kubernetes.io/name": "churn", "app.kubernetes.io/part-of": "test", "mlfuncs.dev/revision": revision}
+    return {"metadata": {"name": f"churn-{revision}-abc", "labels": labels}, "status": status}
+
+
+def waiting(reason, message=""):
+    state = {
+        "image": "registry.example/x",
+        "restartCount": 3,
+        "state": {"waiting": {"reason": reason, "message": message}},
+    }
+    return {"containerStatuses": [state]}
+
+
+FAULTS = {
+    "the image .* cannot be pulled .*image_pull_secrets": waiting("ImagePullBackOff", "denied"),
+    "fits on no node: 0/3 nodes.*lower resources": {
+        "conditions": [{"type": "PodScheduled", "reason": "Unschedulable", "status": "False", "message": "0/3 nodes"}]
+    },
+    "ends again and again.*\n.*ValueError: no model": waiting("CrashLoopBackOff"),
+    "more memory than its limit": {
+        "containerStatuses": [
+            {"restartCount": 2, "state": {"waiting": {"reason": "CrashLoopBackOff"}},
+             "lastState": {"terminated": {"reason": "OOMKilled", "exitCode": 137}}}
+        ]
+    },
+}  # fmt: skip
+
+
+def test_a_deploy_pushes_the_image_applies_and_waits(deploy, api, builder):
+    endpoint = deploy()
+    assert endpoint.url == "http://churn.ml.svc.cluster.local"
+    assert api.names("deployments") == ["churn-rev-1"] and api.names("services") == ["churn", "churn-rev-1"]
+    assert len(builder.pushed) == 1 and builder.pushed[0].startswith("registry.example/team/test-churn:rev-1-")
+    patches = [request for request in api.requests if request[0] == "PATCH"]
+    assert all(query["fieldManager"] == "mlfuncs" for _, _, query, _ in patches)
+    assert {kind for *_, kind in patches} == {"application/apply-patch+yaml"}
+
+
+def test_a_new_revision_takes_over_and_the_old_objects_go(deploy, api):
+    deploy()
+    endpoint = deploy(timeout_s=30)
+    assert api.names("deployments") == ["churn-rev-2"]
+    service = api.objects["/api/v1/namespaces/ml/services/churn"]
+    assert service["spec"]["selector"]["mlfuncs.dev/revision"] == "rev-2"
+    endpoint.rollback()
+    assert api.names("deployments") == ["churn-rev-1"]
+    endpoint.delete()
+    assert api.objects == {}
+
+
+@pytest.mark.parametrize("message", FAULTS)
+def test_a_failing_pod_is_named_and_what_served_still_serves(deploy, api, message):
+    deploy()
+    pods = "/api/v1/namespaces/ml/pods"
+
+    def fails(path, manifest):
+        if path.endswith("churn-rev-2"):
+            manifest["status"] = {"observedGeneration": 99}
+            api.objects[f"{pods}/churn-rev-2-abc"] = pod("rev-2", **FAULTS[message])
+
+    api.behaviour = fails
+    api.pod_logs["churn-rev-2-abc"] = "Traceback\nValueError: no model"
+    with pytest.raises(DeployFailed, match=f"(?s){message}") as raised:
+        deploy(timeout_s=30)
+    assert "rev-1 still serves" in str(raised.value)
+    assert api.names("deployments") == ["churn-rev-1"]
+    assert api.objects["/api/v1/namespaces/ml/services/churn"]["spec"]["selector"]["mlfuncs.dev/revision"] == "rev-1"
+
+
+def test_a_quota_and_a_denied_role_are_named(deploy, api):
+    message = 'deployments.apps "churn-rev-1" is forbidden: User "dev" cannot patch resource "deployments"'
+    api.faults["PATCH", "/deployments/"] = (403, message)
+    with pytest.raises(Forbidden, match=r"cannot patch resource.*render platform"):
+        deploy()
+    api.faults.clear()
+
+    def over_quota(path, manifest):
+        if "/deployments/" in path:
+            condition = {"type": "ReplicaFailure", "status": "True", "message": "exceeded quota: compute"}
+            manifest["status"] = {"observedGeneration": 99, "conditions": [condition]}
+
+    api.behaviour = over_quota
+    with pytest.raises(DeployFailed, match="exceeded quota: compute; lower resources"):
+        deploy()
+
+
+def test_a_deployment_that_never_gets_ready_is_given_up(deploy, api):
+    api.behaviour = lambda path, manifest: None
+    with pytest.raises(DeployFailed, match=r"not ready after 0.2 s \(rev-1: 0 of 1 pods ready\)"):
+        deploy(wait_s=0.2)
+    assert api.names("deployments") == []
+
+
+def test_an_object_of_another_name_is_left_alone(deploy, api):
+    other = {"app.kubernetes.io/name": "other", "app.kubernetes.io/part-of": "test"}
+    key = "/apis/apps/v1/namespaces/ml/deployments/other-rev-1"
+    api.objects[key] = {"metadata": {"name": "other-rev-1", "labels": other}}
+    deploy()
+    deploy(timeout_s=30)
+    assert key in api.objects
+
+
+def test_knative_moves_traffic_when_its_revision_is_ready(deploy, api):
+    endpoint = deploy("knative")
+    assert endpoint.url == "http://churn.ml.example.com"
+    deploy("knative", timeout_s=30, traffic=20)
+    service = api.objects["/apis/serving.knative.dev/v1/namespaces/ml/services/churn"]
+    split = {target["revisionName"]: target["percent"] for target in service["spec"]["traffic"]}
+    assert split == {"churn-rev-1": 80, "churn-rev-2": 20}
+    endpoint.promote()
+    service = api.objects["/apis/serving.knative.dev/v1/namespaces/ml/services/churn"]
+    assert [target["revisionName"] for target in service["spec"]["traffic"]] == ["churn-rev-2"]
+
+
+def test_knative_says_why_a_revision_is_not_ready(deploy, api):
+    def fails(path, manifest):
+        condition = {"type": "Ready", "status": "False", "reason": "ContainerMissing", "message": "no such image"}
+        api.objects["/apis/serving.knative.dev/v1/namespaces/ml/revisions/churn-rev-1"] = {
+            "metadata": {"name": "churn-rev-1"},
+            "status": {"conditions": [condition]},
+        }
+
+    api.behaviour = fails
+    with pytest.raises(DeployFailed, match="ContainerMissing: no such image"):
+        deploy("knative")
+
+
+def test_status_and_logs_come_from_the_pods(deploy, api):
+    endpoint = deploy()
+    api.objects["/api/v1/namespaces/ml/pods/churn-rev-1-abc"] = pod(
+        "rev-1", conditions=[{"type": "Ready", "status": "True"}]
+    )
+    api.pod_logs["churn-rev-1-abc"] = "one\ntwo"
+    status = endpoint.status()
+    assert (status.state, status.revision, len(status.replicas)) == ("ready", "rev-1", 1)
+    assert list(endpoint.logs()) == ["one", "two"]
+
+
+def test_without_a_registry_or_a_cluster_the_message_says_what_to_set(deploy, monkeypatch, tmp_path):
+    monkeypatch.delenv("MLFUNCS_IMAGE_REGISTRY")
+    with pytest.raises(SpecError, match="MLFUNCS_IMAGE_REGISTRY"):
+        deploy()
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    with pytest.raises(Unavailable, match="KUBECONFIG"):
+        targets.open_target("kubernetes", read_settings())
+
+
+def test_an_api_server_that_is_away_is_named():
+    cluster = Cluster("ml", client.ApiClient(client.Configuration(host="http://127.0.0.1:9")))
+    started = time.monotonic()
+    with pytest.raises(Unavailable, match="does not answer"):
+        cluster.get("Pod", "x")
+    assert time.monotonic() - started < 20
