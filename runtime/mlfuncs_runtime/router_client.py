@@ -31,11 +31,12 @@ _TITLES = {408: "RequestTimeout", 413: "TooLarge", 431: "HeadersTooLarge"}
 class Client(RequestReader):
     """One accepted connection."""
 
-    __slots__ = ("_pumping", "half_closed", "lingering", "tunnelled", "write")
+    __slots__ = ("_pumping", "_quiet", "half_closed", "lingering", "tunnelled", "write")
 
     def __init__(self, core: Core) -> None:
         super().__init__(core)
         self.half_closed = self.lingering = self._pumping = False
+        self._quiet = False  # nothing happened here since the request being answered came as a whole
         self.tunnelled: Upstream | None = None
 
     @property
@@ -67,7 +68,7 @@ class Client(RequestReader):
     def eof_received(self) -> bool:
         if self.tunnelled is not None or self.lingering:
             return False
-        self.half_closed = True
+        self.half_closed, self._quiet = True, False
         if self._in_head or self._receiving is not None:
             self._refuse(400, "the connection ended in the middle of a request")
             self._pump()
@@ -79,18 +80,20 @@ class Client(RequestReader):
     def data_received(self, data: bytes) -> None:
         if self._idle:
             end = data.find(b"\r\n\r\n") + 4
-            self._key = data[:end]
-            plan = self.core.plans.get(self._key)
+            key = data[:end]
+            plan = self.core.plans.get(key)
             if plan is not None and len(data) == end + plan.head.length:
                 self._follow(plan, data[end:])
                 return
+            self._key = key
         if self.tunnelled is not None:
             self.tunnelled.transport.write(data)
         elif not self.closing:
+            self._quiet = False
             self._parse(data)
 
     def pause_writing(self) -> None:
-        self._blocked, self._idle = True, False
+        self._blocked, self._idle, self._quiet = True, False, False
         self.due_s = time.monotonic() + self.core.options.stall_timeout_s
         if self.request is not None and self.request.upstream is not None:
             self.request.upstream.let_flow(False)
@@ -118,7 +121,7 @@ class Client(RequestReader):
             request.extra = plan.extra
         else:
             request.is_plain = True
-        self._idle, self.due_s = False, _NEVER
+        self._idle, self._quiet, self.due_s = False, True, _NEVER
         self.core.identify(request)
         try:
             self.core.follow(request, plan)
@@ -174,16 +177,16 @@ class Client(RequestReader):
         if self.request is not request:
             return
         self.request = None
-        if not request.complete:
+        if self._quiet and not close:
+            self._idle, self.due_s = True, now_s + self.core.idle_timeout_s
+        elif not request.complete:
             self._linger()
         elif close or not request.head.keep_alive or self.core.draining:
             self._close()
         elif self._waiting:
             self._pump()
-        elif self._in_head or self._paused or self._blocked or self.half_closed:
-            self._rest(now_s)
         else:
-            self._idle, self.due_s = True, now_s + self.core.idle_timeout_s
+            self._rest(now_s)
 
     def _reply_error(self, request: Request, error: MlfuncsError) -> None:
         status, body, extra = problem_of(error, request.request_id)
@@ -254,6 +257,10 @@ class Client(RequestReader):
             self.transport.write_eof()
         else:
             self.transport.close()
+
+    def hurry(self) -> None:
+        """Look again whether to close when the answer is complete: the router ends."""
+        self._quiet = False
 
     def close_if_idle(self) -> None:
         """Close a connection that has no request under way."""

@@ -73,9 +73,9 @@ class Core:
         self._tasks: set[asyncio.Task[Any]] = set()
         self.next_sweep_s = float("inf")
         self._timer: asyncio.TimerHandle | None = None
-        self._prefix = os.urandom(6).hex().encode()
-        self._trace = os.urandom(8).hex().encode()
-        self._count = itertools.count(int.from_bytes(os.urandom(4)))
+        self._prefix = os.urandom(6).hex().encode() + b"-"
+        self._trace = b"00-" + os.urandom(8).hex().encode()
+        self._count = itertools.count(int.from_bytes(os.urandom(4)) + 1)
 
     # --- the table
 
@@ -102,6 +102,9 @@ class Core:
     def drain(self) -> None:
         """From now on every answer ends its connection."""
         self.draining = True
+        self.plans.clear()
+        for client in self.clients:
+            client.hurry()
         for endpoint in self.endpoints.values():
             for replica in endpoint.replicas.values():
                 replica.shapes.clear()  # an answer is not passed on as it is any more
@@ -117,7 +120,8 @@ class Core:
         """Follow this plan for every request whose head has these bytes, until the table changes."""
         if len(self.plans) >= _PLANS:
             self.plans.clear()
-        self.plans[key] = plan
+        if not self.draining:
+            self.plans[key] = plan
 
     def place_of(self, target: bytes) -> Place:
         """Where a target leads. Raises NotFound."""
@@ -155,12 +159,12 @@ class Core:
 
     def identify(self, request: Request) -> None:
         """Give the request its id, its trace and its time of arrival."""
-        number = next(self._count)
+        # Fibonacci hashing: a multiplier without a common factor with 2**64 spreads the counter, and repeats no value
+        number = b"%016x" % (next(self._count) * 0x9E3779B97F4A7C15 & _MASK)
         head = request.head
         request.arrived_s = time.monotonic()
-        request.request_id = head.request_id or b"%s-%08x" % (self._prefix, number)
-        span = number * 0x9E3779B97F4A7C15 & _MASK or 1  # Fibonacci hashing spreads the counter over 64 bits
-        request.traceparent = head.traceparent or b"00-%s%016x-%016x-01" % (self._trace, span, span)
+        request.request_id = head.request_id or self._prefix + number
+        request.traceparent = head.traceparent or self._trace + number + b"-" + number + b"-01"
 
     def route(self, request: Request, client: Client) -> Plan | None:
         """Check a request and hand it to its endpoint; the plan that was followed. None: the platform answered.
@@ -190,7 +194,9 @@ class Core:
             endpoint.reject("body")
             raise too_large(endpoint.route.limits.body_bytes)
         revision, cookie = self._choose_revision(head, endpoint, place.revision)
-        plan = Plan(head, endpoint, revision, place.path, b"" if is_ours else head.authorization)
+        revision = revision or endpoint.split.only or ""
+        state = endpoint.revision(revision) if revision else None
+        plan = Plan(head, endpoint, state, place.path, b"" if is_ours else head.authorization)
         plan.extra = extra
         request.extra = extra + cookie
         if cookie or head.length > self.short_body:
@@ -205,8 +211,7 @@ class Core:
             endpoint.rate_limit(request.arrived_s)
         request.plan = plan
         request.deadline_s = request.arrived_s + plan.timeout_s
-        name = plan.revision or endpoint.split.only or self._next_revision(endpoint)
-        endpoint.admit(request, endpoint.revision(name))
+        endpoint.admit(request, plan.state or endpoint.revision(self._next_revision(endpoint)))
 
     def _next_revision(self, endpoint: Endpoint) -> str:
         try:

@@ -104,6 +104,7 @@ class Endpoint:
             self.bucket = TokenBucket(rate, burst, time.monotonic()) if rate > 0 else None
         self.route = route
         self.split = Split(route.traffic)
+        self.concurrency = route.limits.concurrency
         self.mirror.update(route.mirror)
         for name in {*route.traffic, *route.tags.values(), *route.mirror, *(r.revision for r in route.replicas)}:
             self.revision(name)
@@ -202,7 +203,7 @@ class Endpoint:
             self.mirror.copy(request)
         replica = None
         if not revision.queue:
-            replica = choose_replica(revision.replicas, self.route.limits.concurrency, random)
+            replica = choose_replica(revision.replicas, self.concurrency, random)
         if replica is None:
             self._enqueue(request)
         else:
@@ -242,7 +243,7 @@ class Endpoint:
     def pump(self, revision: RevisionState) -> None:
         """Send what waits as long as a replica has room."""
         while revision.queue:
-            replica = choose_replica(revision.replicas, self.route.limits.concurrency, random)
+            replica = choose_replica(revision.replicas, self.concurrency, random)
             if replica is None:
                 return
             request = next(iter(revision.queue))
@@ -294,7 +295,7 @@ class Endpoint:
             self._left(replica)
         self.retried += 1
         others = [other for other in request.revision.replicas if other is not replica]
-        chosen = choose_replica(others, self.route.limits.concurrency, random)
+        chosen = choose_replica(others, self.concurrency, random)
         if chosen is not None:
             self._assign(request, chosen, time.monotonic())
             return
