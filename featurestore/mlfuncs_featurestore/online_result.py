@@ -57,6 +57,12 @@ class OnlineFeatures:
         """Of each feature column, the reference it was asked by ("view:feature")."""
         return {self._plan.names[pair]: ":".join(pair) for pair in self._plan.selection.wanted}
 
+    @property
+    def types(self) -> dict[str, str]:
+        """The type of each feature column, as definitions spell it."""
+        kinds = self._plan.selection.types()
+        return {self._plan.names[pair]: str(kinds[pair]) for pair in self._plan.selection.wanted}
+
     def __len__(self) -> int:
         return self._size
 

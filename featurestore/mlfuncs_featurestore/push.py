@@ -146,7 +146,7 @@ def log_of(store: FeatureStore, view: str) -> PushLog:
 def flush(store: FeatureStore, view: str | None = None) -> dict[str, int]:
     """Commit what waits in the push logs of this home; rows committed per view. See the module's text."""
     folder = store.settings.home / "features" / store.settings.project
-    names = [view] if view is not None else sorted(one.name for one in folder.glob("*") if one.is_dir())
+    names = [view] if view is not None else sorted(one.name for one in folder.glob("[!.]*") if one.is_dir())
     return {name: _flush_view(store, name) for name in names}
 
 

@@ -5,10 +5,10 @@ Owns: FeatureReader, which the worker finds as "features:reader". A function wit
     @ml.function(features=["spend:amount_sum_1h", "spend:amount"])
     def score(limit: float, amount_sum_1h: float | None, amount: float | None) -> float: ...
 
-Callers send {"user_id": 7, "limit": 100.0}. A parameter named as a feature column receives its value (None when it is not
-PRESENT); one named `features` receives all others: a dict of values, a vector when it is annotated as a numpy array,
-or a frame or table. When an entity key or a feature is annotated as a list, an array or a table, the function takes
-many entities at once and so do its callers: {"user_id": [7, 8], ...}.
+Callers send {"user_id": 7, "limit": 100.0}. A parameter named as a feature column receives its value (None when it is
+not PRESENT); one named `features` receives all others: a dict of values, a vector when it is annotated as a numpy
+array, or a frame or table. When an entity key or a feature is annotated as a list, an array or a table, the function
+takes many entities at once and so do its callers: {"user_id": [7, 8], ...}.
 """
 
 from __future__ import annotations
