@@ -67,12 +67,14 @@ def push(
     deleted: bool = False,
     future: str = "warn",
     now: datetime.datetime | None = None,
+    aliases: Sequence[str] = (),
 ) -> PushReport:
     """Make `rows` readable online at once and durable offline, both or neither.
 
     `rows` are any table, or one row as a dict of values; a view's transform is applied to them, as by `ingest`.
     `push_id`: a push with an id that was pushed already does nothing, so a push that failed half-way may be repeated.
     `deleted`: the rows delete the events they identify (views with an `event_id`). `future`, `now`: as for ingest.
+    `aliases`: other ids by which the rows are known, as `stream` gives its entries' ids.
     Raises InvalidInput for rows that do not fit, Unavailable when Redis is away.
     """
     definition = store.catalog.view(view)
@@ -88,7 +90,7 @@ def push(
     online.rows.read([b"mlfuncs"])  # better now than between the two writes
     reached("push:checked")
     log = log_of(store, view)
-    logged = log.append(push_id or uuid.uuid4().hex, at_us, checked.kept, checked.aside)
+    logged = log.append([push_id or uuid.uuid4().hex, *aliases], at_us, checked.kept, checked.aside)
     if logged is None:
         assert push_id is not None
         _complete(store, definition, push_id)

@@ -11,6 +11,7 @@ torn record at the end was never acknowledged; the next writer cuts it off.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
@@ -27,7 +28,7 @@ from mlfuncs.settings import Settings, ensure_home
 from mlfuncs_featurestore.checkpoints import reached
 from mlfuncs_featurestore.pushlog_records import framed, read_records, sync_file, sync_folder
 
-REMEMBERED = 10_000  # push ids kept after their rows were committed, so that a repeated push is known
+REMEMBERED = 50_000  # ids kept after their rows were committed, so that a repeated push or stream entry is known
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Push:
     rows: pa.Table = field(repr=False)
     aside: pa.Table | None = field(default=None, repr=False)
     is_online: bool = False
+    aliases: tuple[str, ...] = ()  # other ids by which its rows are known: the entries of a stream
 
 
 @dataclass
@@ -57,7 +59,7 @@ class _Tail:
         self.number = max(self.number, head.get("number", 0))
         self.sequence = max(self.sequence, head.get("first", 0) + head.get("rows", 0))
         if "push" in head:
-            self.pending.add(head["push"])
+            self.pending.update([head["push"], *head["aliases"]])
 
 
 class PushLog:
@@ -67,28 +69,39 @@ class PushLog:
         self.settings, self.view = settings, view
         self.folder = settings.home / "features" / settings.project / view
         self._tail = _Tail()
+        self._done: tuple[tuple[int, int], set[str]] = ((0, 0), set())
 
     @property
     def size(self) -> int:
         """Bytes in the log; what is pending is read only when this is not 0."""
         return sum(path.stat().st_size for path in self._segments())
 
-    def append(self, push_id: str, at_us: int, rows: pa.Table, aside: pa.Table) -> Push | None:
-        """Log the rows durably and return them with their `__ingest` numbers; None when `push_id` is known already.
+    def append(self, ids: Sequence[str], at_us: int, rows: pa.Table, aside: pa.Table) -> Push | None:
+        """Log the rows durably and return them with their `__ingest` numbers; None when the push is known already.
+
+        `ids` are the push's own and its aliases.
 
         Raises StorageError when the disk refuses; then nothing was logged.
         """
         from mlfuncs_featurestore.online_write import number_rows
 
+        push_id = ids[0]
         with self.locked():
             self._catch_up()
             if push_id in self._tail.pending or push_id in self._committed():
                 return None
             first, number = max(time.time_ns(), self._tail.sequence), self._tail.number + 1
-            push = Push(number, push_id, at_us, number_rows(rows, first), aside if aside.num_rows else None)
+            kept = aside if aside.num_rows else None
+            push = Push(number, push_id, at_us, number_rows(rows, first), kept, aliases=tuple(ids[1:]))
             self._write(*_record(push), durable=True)
         reached("push:logged")
         return push
+
+    def knows(self, push_id: str) -> bool:
+        """Whether a push or a stream entry of this id was logged."""
+        with self.locked():
+            self._catch_up()
+            return push_id in self._tail.pending or push_id in self._committed()
 
     def mark_online(self, push: Push) -> None:
         """Note that a push is readable online. Not fsynced: without it, its rows are written again, to no effect."""
@@ -109,17 +122,23 @@ class PushLog:
                     online.add(head["online"])
                 elif "push" in head and head["push"] not in found:
                     aside = tables[1] if len(tables) > 1 else None
-                    found[head["push"]] = Push(head["number"], head["push"], head["at_us"], tables[0], aside)
+                    others = tuple(head["aliases"])
+                    one = Push(head["number"], head["push"], head["at_us"], tables[0], aside, aliases=others)
+                    found[one.push_id] = one
         done = self._committed()
         return [
-            Push(one.number, one.push_id, one.at_us, one.rows, one.aside, one.push_id in online)
+            dataclasses.replace(one, is_online=one.push_id in online)
             for one in found.values()
             if one.push_id not in done
         ]
 
     def intend(self, commit_id: str, after: int, pushes: Sequence[Push]) -> None:
         """Note, before the commit, what is about to be committed by which commit after which version."""
-        intent = {"commit": commit_id, "after": after, "pushes": [push.push_id for push in pushes]}
+        intent = {
+            "commit": commit_id,
+            "after": after,
+            "pushes": [one for push in pushes for one in (push.push_id, *push.aliases)],
+        }
         self._replace("intent.json", json.dumps(intent))
 
     @property
@@ -208,9 +227,16 @@ class PushLog:
         self._tail.take(head)
 
     def _committed(self) -> set[str]:
-        with contextlib.suppress(OSError):
-            return set((self.folder / "committed").read_text(encoding="utf-8").splitlines())
-        return set()
+        """The ids whose rows are committed; read again when the file changed."""
+        path = self.folder / "committed"
+        try:
+            status = path.stat()
+        except OSError:
+            return set()
+        version = (status.st_mtime_ns, status.st_ino)
+        if version != self._done[0]:
+            self._done = (version, set(path.read_text(encoding="utf-8").splitlines()))
+        return self._done[1]
 
     def _remember(self, push_ids: list[str]) -> None:
         known: list[str] = []
@@ -230,11 +256,6 @@ class PushLog:
 
 def _record(push: Push) -> tuple[dict[str, Any], list[pa.Table]]:
     first = push.rows["__ingest"][0].as_py() if push.rows.num_rows else 0
-    head = {
-        "push": push.push_id,
-        "number": push.number,
-        "at_us": push.at_us,
-        "first": first,
-        "rows": push.rows.num_rows,
-    }
+    head = {"push": push.push_id, "number": push.number, "at_us": push.at_us, "aliases": push.aliases}
+    head |= {"first": first, "rows": push.rows.num_rows}
     return head, [push.rows] if push.aside is None else [push.rows, push.aside]

@@ -2,9 +2,9 @@
 
 Owns: StreamReader and `consume`. A view with source "redis-stream:<name>" takes its rows from that stream of the online
 store's Redis. An entry has one field `row` with the row as a JSON object, or one field per column. Entries are pushed
-in batches, through the view's transform (the very function that `ingest` runs on tables), with the entries' ids as the
-push's id, and acknowledged after that: an entry that is delivered again is known and counts once. Entries that do not
-fit are not lost: they are moved to "<stream>:rejected" with the reason.
+in batches, through the view's transform (the very function that `ingest` runs on tables), and acknowledged after that.
+The push log keeps the ids of entries, the last 50,000 committed ones too, so an entry that is delivered again because
+its consumer died counts once. Entries that do not fit are moved to "<stream>:rejected" with the reason.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import redis
 
 from mlfuncs.errors import InvalidInput, SpecError
 from mlfuncs_featurestore.definitions import FeatureView
+from mlfuncs_featurestore.push import flush, log_of
 from mlfuncs_featurestore.types import INTEGERS
 
 if TYPE_CHECKING:
@@ -69,11 +70,12 @@ class StreamReader:
         rows = rejected = seen = 0
         entries = self._take_over()
         while seen < max_entries:
+            redelivered = bool(entries)
             entries = entries or self._read(min(BATCH, max_entries - seen), block_ms if not seen else 0)
             if not entries:
                 break
             seen += len(entries)
-            pushed = self._push(entries)
+            pushed = self._push(entries, redelivered)
             rows, rejected = rows + pushed, rejected + len(entries) - pushed
             entries = []
         return Consumed(self.view.name, rows, rejected)
@@ -107,15 +109,22 @@ class StreamReader:
             self._link.run(lambda: client.xreadgroup(self.group, self.consumer, streams, count=count, block=block))
         )
 
-    def _push(self, entries: Sequence[Entry]) -> int:
+    def _id(self, entry: Entry) -> str:
+        return f"{self.stream}:{entry[0].decode()}"
+
+    def _push(self, entries: Sequence[Entry], redelivered: bool) -> int:
         """Push the entries and acknowledge them; how many fitted. When the batch does not fit, each one by itself."""
+        log = log_of(self.store, self.view.name)
+        fresh = [entry for entry in entries if not log.knows(self._id(entry))] if redelivered else entries
+        if len(fresh) < len(entries):
+            flush(self.store, self.view.name)  # those that are known may not be online yet
         try:
-            rows = [self._row(fields) for _, fields in entries]
-            ids = f"{self.stream}:{entries[0][0].decode()}:{entries[-1][0].decode()}:{len(entries)}"
-            self.store.push(self.view.name, rows, push_id=ids)
+            rows = [self._row(fields) for _, fields in fresh]
+            if rows:
+                self.store.push(self.view.name, rows, aliases=[self._id(entry) for entry in fresh])
         except InvalidInput as exc:
             if len(entries) > 1:
-                return sum(self._push([entry]) for entry in entries)
+                return sum(self._push([entry], redelivered) for entry in entries)
             self._reject(entries[0], str(exc))
             return 0
         numbers = [number for number, _ in entries]
