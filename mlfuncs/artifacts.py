@@ -81,10 +81,13 @@ class ArtifactStore:
         cache = settings.home / "cache" / "artifacts"
         return cls(open_objects(settings.resolved_artifacts_url, cache), settings)
 
-    def put(self, value: Any, hint: Any = None) -> ArtifactRef:
-        """Store `value` in its type's format. Raises ArtifactError when it has none, StorageError on a full disk."""
+    def put(self, value: Any, hint: Any = None, *, kind: str | None = None) -> ArtifactRef:
+        """Store `value` in its type's format, or as `kind`.
+
+        Raises ArtifactError when it cannot be, StorageError on a full disk.
+        """
         reasons = []
-        for codec in codecs_for(value, hint):
+        for codec in codecs_for(value, hint) if kind is None else [codec_named(kind)]:
             with self._objects.stage() as staged:
                 try:
                     return self._write(codec, value, staged)

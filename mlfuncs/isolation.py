@@ -24,7 +24,7 @@ from mlfuncs.records import Batch
 from mlfuncs.settings import Settings
 from mlfuncs.spec import FunctionSpec
 from mlfuncs.starting import Arguments, Place, Started, begin
-from mlfuncs.values import encode
+from mlfuncs.values import encode_for_child
 from mlfuncs.worker_process import Child, ChildDied
 
 if TYPE_CHECKING:
@@ -218,11 +218,12 @@ def _teller() -> Callable[[str], None]:
 
 
 def _task(packed: Packed, started: Started, arguments: Arguments) -> dict[str, Any]:
+    settings, hints = packed.settings, arguments.hints
     return {
         "run": started.row.id,
         "bundle": packed.bundle.digest,
         "journal": str(started.record.journal.path),
-        "values": {name: encode(value, None, packed.settings) for name, value in arguments.given.items()},
+        "values": {n: encode_for_child(value, hints.get(n), settings) for n, value in arguments.given.items()},
     }
 
 

@@ -7,6 +7,7 @@ file twice harmless. Memory stays bounded however much is logged: the file is th
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -38,10 +39,13 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file: int | None = None
+        self._torn = False  # whether the last entry was cut short by a full disk
 
     def append(self, *entry: Any) -> None:
         """Add one entry; once this returns, it survives the process. Raises StorageError when it cannot be written."""
         line = (json.dumps(entry, separators=(",", ":")) + "\n").encode()
+        if self._torn:
+            line = b"\n" + line  # the piece before it must not spoil this one
         try:
             if self._file is None:
                 self._open()
@@ -51,7 +55,8 @@ class Journal:
                 f"the run's journal {str(self.path)!r} cannot be written: {exc.strerror}; free some disk space or set "
                 "MLFUNCS_HOME to a folder that can be written"
             ) from exc
-        if written != len(line):
+        self._torn = written != len(line)
+        if self._torn:
             raise StorageError(f"the run's journal {str(self.path)!r} was cut short: free some disk space")
 
     def close(self) -> None:
@@ -66,7 +71,10 @@ class Journal:
 
 
 def read_entries(path: Path, offset: int = 0) -> Iterator[tuple[list[Entry], int]]:
-    """Chunks of whole entries from `offset` on, each with the offset that follows it; a torn last line is left out."""
+    """Chunks of whole entries from `offset` on, each with the offset that follows it.
+
+    A torn last line is left for later; a line that a full disk cut short was never acknowledged and is left out.
+    """
     try:
         file = open(path, "rb")  # noqa: SIM115
     except FileNotFoundError:
@@ -78,8 +86,9 @@ def read_entries(path: Path, offset: int = 0) -> Iterator[tuple[list[Entry], int
             for line in lines:
                 if not line.endswith(b"\n"):
                     break
-                kind, *fields = json.loads(line)
-                entries.append(Entry(offset, kind, fields))
+                with contextlib.suppress(ValueError):
+                    kind, *fields = json.loads(line)
+                    entries.append(Entry(offset, kind, fields))
                 offset += len(line)
             if entries:
                 yield entries, offset

@@ -30,6 +30,7 @@ class Arguments:
 
     values: dict[str, Any]
     given: dict[str, Any]
+    hints: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def inputs(self) -> list[RunArtifact]:
@@ -102,7 +103,7 @@ def check_arguments(
                 loaded[name, value.digest] = handle.load()
             actual[name] = loaded[name, value.digest]
     values = signature.validate_python(actual)
-    return Arguments(values, {name: given.get(name, value) for name, value in values.items()})
+    return Arguments(values, {name: given.get(name, value) for name, value in values.items()}, hints)
 
 
 def begin(

@@ -28,7 +28,7 @@ from mlfuncs.search import LogUniform, grid_points, random_points
 from mlfuncs.settings import Settings, read_settings
 from mlfuncs.starting import Arguments, Place, Started, begin, check_arguments
 from mlfuncs.sweep_result import SweepResult, describe_point
-from mlfuncs.values import Artifact, describe, is_plain, open_store
+from mlfuncs.values import as_handle, describe, encode_for_child
 from mlfuncs.worker_process import Child
 
 if TYPE_CHECKING:
@@ -122,9 +122,9 @@ def _check_points(
     function: Function[Any, Any], points: Sequence[Mapping[str, Any]], shared: dict[str, Any], settings: Settings
 ) -> list[Arguments]:
     """Every point's arguments, checked before anything runs; shared values are stored and loaded once."""
+    hints = {parameter.name: parameter.annotation for parameter in function.signature.parameters}
     for name, value in shared.items():
-        if not is_plain(value) and not isinstance(value, Artifact):
-            shared[name] = Artifact(open_store(settings).put(value), settings)
+        shared[name] = as_handle(encode_for_child(value, hints.get(name), settings), settings)
     loaded: dict[Any, Any] = {}
     found = []
     for number, point in enumerate(points, 1):

@@ -24,7 +24,9 @@ class JsonCodec:
         text = tagged.dumps(value)
         sink.write(text)
         preview = reprlib.repr(value)  # looks at the first items only
-        return {"preview": preview if len(preview) <= _PREVIEW_CHARS else preview[:_PREVIEW_CHARS] + "…"}
+        metadata: dict[str, Any] = {"preview": preview[:_PREVIEW_CHARS] + "…" * (len(preview) > _PREVIEW_CHARS)}
+        classes = tagged.classes_named(text)
+        return {**metadata, "classes": sorted(classes)} if classes else metadata
 
     def decode(self, source: Path, metadata: dict[str, Any], hint: Any) -> Any:
         return untagged.loads(source.read_bytes(), hint)

@@ -23,6 +23,7 @@ import io
 import json
 import math
 import pathlib
+import re
 import sys
 import uuid
 import zoneinfo
@@ -49,6 +50,18 @@ def dumps(value: Any) -> bytes:
         raise NotEncodable("the value contains itself, or is nested too deeply") from exc
     except ValueError as exc:  # an integer of thousands of digits
         raise NotEncodable(str(exc)) from exc
+
+
+_CLASS = re.compile(rb'"\$(?:enum|flag|object|model)":\["([^"]+)"')  # a quote inside text has a backslash before it
+
+
+def classes_named(text: bytes) -> set[str]:
+    """The classes, as "module:Class", that reading what `dumps` wrote takes.
+
+    >>> classes_named(b'{"$enum":["shop:Colour","RED"]}')
+    {'shop:Colour'}
+    """
+    return {name.decode() for name in _CLASS.findall(text)}
 
 
 def _tag(value: Any) -> Any:

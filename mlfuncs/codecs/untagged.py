@@ -26,11 +26,16 @@ def loads(text: bytes | str, hint: Any = None) -> Any:
     A class that is neither in `hint` nor in a module that is loaded already raises ArtifactError: reading data never
     imports code.
     """
-    known = {class_name(cls): cls for cls in _classes_in(hint, set())}
+    known = known_classes(hint)
     try:
         return _untag(json.loads(text), known)
     except (KeyError, ValueError, TypeError, IndexError) as exc:
         raise ArtifactError(f"this is not a value that mlfuncs wrote: {exc}") from exc
+
+
+def known_classes(hint: Any) -> dict[str, type]:
+    """The classes that a type hint reaches, by the names that stand for them in tagged JSON."""
+    return {class_name(cls): cls for cls in _classes_in(hint, set())}
 
 
 def class_name(cls: type) -> str:

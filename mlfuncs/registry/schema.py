@@ -28,13 +28,17 @@ def canonical(document: Any) -> str:
 
 
 class Document(TypeDecorator[Any]):
-    """A JSON document kept as canonical text; SQL NULL is None."""
+    """A JSON document kept as canonical text. None is SQL NULL where the column may be NULL, else JSON's null."""
 
     impl = sa.Text
     cache_ok = True
 
+    def __init__(self, nullable: bool) -> None:
+        super().__init__()
+        self.nullable = nullable
+
     def process_bind_param(self, value: Any, dialect: sa.Dialect) -> str | None:
-        return None if value is None else canonical(value)
+        return None if value is None and self.nullable else canonical(value)
 
     def process_result_value(self, value: Any, dialect: sa.Dialect) -> Any:
         return None if value is None else json.loads(value)
@@ -49,7 +53,8 @@ def _time(name: str, **options: Any) -> sa.Column[Any]:
 
 
 def _document(name: str, **options: Any) -> sa.Column[Any]:
-    return sa.Column(name, Document, **{"nullable": False, **options})
+    options = {"nullable": False, **options}
+    return sa.Column(name, Document(options["nullable"]), **options)
 
 
 version = sa.Table(VERSION_TABLE, sa.MetaData(), sa.Column("version_num", sa.String(32), primary_key=True))

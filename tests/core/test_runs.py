@@ -181,6 +181,10 @@ class TestInline:
         assert (run.output, run.metrics) == ([0, 1, 2], {"i": 2})
         assert ml.run(later, {"n": 3}).output == [0, 1, 2]
 
+    def test_none_and_dates_of_numpy_are_parameters_like_others(self):
+        run = ml.run(lambda x, when: None, {"x": None, "when": np.datetime64("2024-01-02")})
+        assert run.params == {"x": None, "when": "2024-01-02"}
+
     def test_wrong_arguments_start_no_run(self):
         with pytest.raises(InvalidInput, match="x"):
             double.run("3")
@@ -373,6 +377,17 @@ class TestIsolated:
             return [name for name in ("sqlalchemy", "pandas", "numpy", "alembic") if name in sys.modules]
 
         assert ml.run(loaded, isolation="process").output == []
+
+    def test_objects_of_own_classes_go_in_where_no_hint_names_the_class(self):
+        def area(point, colours=None):
+            return point.x * point.y, colours
+
+        run = ml.run(area, {"point": Point(2, 1.5), "colours": [Colour.RED]}, isolation="process")
+        assert run.output == (3.0, [Colour.RED])
+        result = ml.function(area).sweep(
+            grid={"colours": [[Colour.RED]]}, params={"point": Point(2, 2.5)}, progress=False
+        )
+        assert result.runs[0].output == (5.0, [Colour.RED])
 
     def test_tables_go_in_and_come_out(self):
         frame = pd.DataFrame({"w": [1, 2, 3]})

@@ -4,6 +4,7 @@ import concurrent.futures
 import contextvars
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -226,6 +227,24 @@ def test_a_torn_last_line_is_left_out_and_the_rest_is_read(tmp_path):
     assert [entry.fields[:2] for entry in entries] == [["a", 1.0], ["b\n\0", math.inf]]
     assert path.read_bytes()[offset:] == b'["m","torn'
     assert list(read_entries(path, offset)) == []
+
+
+def test_an_entry_cut_short_by_a_full_disk_spoils_no_other(tmp_path):
+    path = tmp_path / "x.jsonl"
+    journal = Journal(path)
+    journal.append("m", "before", 1.0, None, 0.0)
+    before, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, limits[1]))
+    try:
+        with pytest.raises(StorageError, match="free some disk space"):
+            journal.append("m", "cut", 1.0, None, 0.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    journal.append("m", "after", 1.0, None, 0.0)
+    entries = [entry for chunk, _ in read_entries(path) for entry in chunk]
+    assert [entry.fields[0] for entry in entries] == ["before", "after"]
+    assert len({entry.number for entry in entries}) == 2
 
 
 def test_large_journals_are_read_in_bounded_pieces(tmp_path):
