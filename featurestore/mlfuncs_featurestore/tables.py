@@ -126,7 +126,7 @@ def _read_text(text: str, batch_rows: int) -> Iterator[pa.Table]:
         yield from _read_sql(text, batch_rows)
         return
     dataset = open_dataset(text)
-    for batch in dataset.to_batches(batch_size=batch_rows):
+    for batch in dataset.to_batches(batch_size=batch_rows, batch_readahead=1, fragment_readahead=1):
         yield pa.Table.from_batches([batch])
     if dataset.count_rows() == 0:
         yield dataset.schema.empty_table()
