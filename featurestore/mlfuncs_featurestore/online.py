@@ -67,6 +67,7 @@ class OnlineStore:
     def __init__(self, store: FeatureStore) -> None:
         self._store = store
         self._plans: dict[Any, tuple[OnlinePlan, float]] = {}
+        self._earlier: dict[tuple[str, str], tuple[list[Any], float]] = {}
         self._code: dict[str, Callable[..., Any]] = {}
 
     @cached_property
@@ -110,7 +111,10 @@ class OnlineStore:
 
     def read_of(self, view: FeatureView, features: Sequence[str]) -> ViewRead:
         """How rows of the view are found and decoded. Raises SpecError for a view that is not online."""
-        return ViewRead(self._store.settings.project, view, features, self._store.catalog.earlier_fields(view.name))
+        key, now = (view.name, view.digest), time.monotonic()
+        if key not in self._earlier or self._earlier[key][1] < now:
+            self._earlier[key] = (self._store.catalog.earlier_fields(view.name), now + PLAN_S)
+        return ViewRead(self._store.settings.project, view, features, self._earlier[key][0])
 
     def write(self, view: FeatureView, rows: pa.Table, now_us: int | None = None) -> int:
         """Write conformed rows with their `__ingest` numbers, each entity's newest winning; how many were sent."""
@@ -136,6 +140,7 @@ class OnlineStore:
     def forget_plans(self) -> None:
         """Look definitions up again at the next read: they were just changed."""
         self._plans.clear()
+        self._earlier.clear()
 
     def close(self) -> None:
         """Close the connections; they open again when needed."""
