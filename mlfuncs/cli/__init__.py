@@ -24,6 +24,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "logs": ("mlfuncs.cli.listing:logs", "Show the log of an endpoint or a run; -f follows."),
     "run": ("mlfuncs.cli.running:run", "Run FILE:FUNCTION as a tracked run."),
     "deploy": ("mlfuncs.cli.running:deploy", "Serve FILE:NAME as an endpoint."),
+    "build": ("mlfuncs.cli.building:build", "Build an image of FILE:NAME."),
+    "render": ("mlfuncs.cli.building:render", "Print what deploy would apply to a cluster."),
     "invoke": ("mlfuncs.cli.serving:invoke", "Call an endpoint."),
     "traffic": ("mlfuncs.cli.serving:traffic", "Split an endpoint's requests: rev-1=90 rev-2=10."),
     "promote": ("mlfuncs.cli.serving:promote", "Give an endpoint's requests to one revision."),

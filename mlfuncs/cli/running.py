@@ -34,7 +34,7 @@ def run(target: str, params: tuple[str, ...], isolated: bool, json_wanted: bool)
 
 
 @click.command()
-@click.argument("target", metavar="FILE:NAME")
+@click.argument("target", metavar="FILE:NAME|NOTEBOOK|function.yaml")
 @click.option("--name", help="The endpoint's name (default: the function's).")
 @click.option("--target", "place", default="process", show_default=True, help="What serves it.")
 @click.option("--min", "min_replicas", type=int, help="The fewest replicas.")
@@ -52,10 +52,10 @@ def deploy(target: str, json_wanted: bool, **options: Any) -> None:
     """
     from mlfuncs import endpoints
     from mlfuncs.deployment import with_scale
-    from mlfuncs.loading import load_target
+    from mlfuncs.nuclio_source import load_deployable
 
     with only_json(json_wanted):
-        function = load_target(target)
+        function = load_deployable(target)
     spec = with_scale(function.spec, min=options["min_replicas"], max=options["max_replicas"])
     given: dict[str, Any] = {
         key: options[key] for key in ("traffic", "timeout_s", "wait_s") if options[key] is not None

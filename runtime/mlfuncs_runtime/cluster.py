@@ -62,7 +62,7 @@ class Cluster:
         except NotFound:
             return None
 
-    def list(self, kind: str, labels: Mapping[str, str]) -> list[Manifest]:
+    def find(self, kind: str, labels: Mapping[str, str]) -> list[Manifest]:
         """The objects with these labels; none when the cluster does not know the kind."""
         selector = ",".join(f"{key}={value}" for key, value in labels.items())
         try:

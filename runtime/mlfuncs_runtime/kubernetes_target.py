@@ -35,7 +35,7 @@ _REVISION = "mlfuncs.dev/revision"
 class KubernetesTarget:
     """Deployment, Service, autoscaler and guards for each revision."""
 
-    KINDS = (
+    KINDS: tuple[str, ...] = (
         "Deployment", "HorizontalPodAutoscaler", "PodDisruptionBudget", "Service", "NetworkPolicy", "ServiceAccount"
     )  # fmt: skip
 
@@ -82,7 +82,7 @@ class KubernetesTarget:
 
     def status(self, row: EndpointRow) -> EndpointStatus:
         """What the cluster runs now."""
-        pods = self._cluster.list("Pod", self._labels(row))
+        pods = self._cluster.find("Pod", self._labels(row))
         replicas = tuple(
             ReplicaStatus(pod["metadata"]["name"], pod["metadata"]["labels"].get(_REVISION, ""), _pod_state(pod))
             for pod in pods
@@ -105,7 +105,7 @@ class KubernetesTarget:
 
     def logs(self, row: EndpointRow, n: int, follow: bool) -> Iterator[str]:
         """The last lines of every pod, oldest pod first; with `follow` then those of the newest."""
-        pods = sorted(self._cluster.list("Pod", self._labels(row)), key=_age)
+        pods = sorted(self._cluster.find("Pod", self._labels(row)), key=_age)
         for pod in pods:
             yield from self._cluster.logs(pod["metadata"]["name"], n)
         if follow and pods:
@@ -138,7 +138,7 @@ class KubernetesTarget:
         ready, wished = int(status.get("readyReplicas") or 0), int(deployment["spec"].get("replicas", 1))
         if seen and ready >= max(1, wished):
             return None
-        pods = self._cluster.list("Pod", {**self._labels(row), _REVISION: revision})
+        pods = self._cluster.find("Pod", {**self._labels(row), _REVISION: revision})
         failure = failure_of(deployment, pods) if seen else None
         return failure or Failure(f"{revision}: {ready} of {max(1, wished)} pods ready", final=False)
 
@@ -195,7 +195,7 @@ class KubernetesTarget:
         """Delete objects of the endpoint that it no longer has."""
         kept = set() if everything else {(kind_of(m), m["metadata"]["name"]) for m in self._manifests(row)}
         for kind in self.KINDS:
-            for found in self._cluster.list(kind, {**self._labels(row), "app.kubernetes.io/managed-by": MANAGER}):
+            for found in self._cluster.find(kind, {**self._labels(row), "app.kubernetes.io/managed-by": MANAGER}):
                 if (kind, found["metadata"]["name"]) not in kept:
                     self._cluster.delete(kind, found["metadata"]["name"])
 
@@ -206,7 +206,7 @@ class KubernetesTarget:
 class KnativeTarget(KubernetesTarget):
     """One Knative Service an endpoint; its revisions, traffic and scale to zero are Knative's."""
 
-    KINDS = ("KnativeService",)
+    KINDS: tuple[str, ...] = ("KnativeService",)
 
     def url(self, row: EndpointRow) -> str:
         """The address that Knative gave the Service."""
@@ -233,7 +233,7 @@ class KnativeTarget(KubernetesTarget):
         ready = _condition(found, "Ready")
         if ready and ready["status"] == "True":
             return None
-        pods = self._cluster.list("Pod", {**self._labels(row), _REVISION: revision})
+        pods = self._cluster.find("Pod", {**self._labels(row), _REVISION: revision})
         failure = failure_of({}, pods)
         if failure is None and ready and ready["status"] == "False":
             failure = Failure(f"{revision}: {ready.get('reason', '')}: {ready.get('message', '')}")
