@@ -23,7 +23,6 @@ import dataclasses
 import enum
 import inspect
 import sys
-import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from pydantic_core import PydanticCustomError, core_schema
 
 from mlfuncs import frames
 from mlfuncs.errors import SignatureError
+from mlfuncs.hints import unaliased, with_args
 from mlfuncs.results import data_url
 
 
@@ -127,6 +127,7 @@ class _Adapter:
     def adapt(self, annotation: Any) -> Any:
         if annotation is inspect.Parameter.empty or annotation is object:
             return Any
+        annotation = unaliased(annotation)
         origin, args = typing.get_origin(annotation), typing.get_args(annotation)
         if origin is typing.Annotated:
             inner = self.adapt(args[0])
@@ -137,16 +138,14 @@ class _Adapter:
         if border is not None:
             return typing.Annotated[annotation, border]
         if args:
-            return self._generic(annotation, origin, args)
+            return self._generic(annotation, args)
         return self._class(annotation) if inspect.isclass(annotation) else annotation
 
-    def _generic(self, annotation: Any, origin: Any, args: tuple[Any, ...]) -> Any:
+    def _generic(self, annotation: Any, args: tuple[Any, ...]) -> Any:
         changed = tuple(self.adapt(arg) if arg is not Ellipsis and not isinstance(arg, list) else arg for arg in args)
         if all(new is old for new, old in zip(changed, args, strict=True)):
             return annotation
-        if origin in (typing.Union, types.UnionType):
-            return typing.Union[changed]  # noqa: UP007  (the members are only known here)
-        return annotation.copy_with(changed) if hasattr(annotation, "copy_with") else origin[changed]
+        return with_args(annotation, changed)
 
     def _class(self, cls: type) -> Any:
         if cls in self._inside or hasattr(cls, "__get_pydantic_core_schema__") or cls.__module__ == "builtins":

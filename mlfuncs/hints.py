@@ -98,7 +98,42 @@ def known_hints(owner: Any) -> dict[str, Any]:
 
 def _evaluate(name: str, note: Any, names: dict[str, Any], local: dict[str, Any] | None = None) -> Any:
     holder = type("Hints", (), {"__annotations__": {name: note}})
-    return typing.get_type_hints(holder, names, local, include_extras=True)[name]
+    return unaliased(typing.get_type_hints(holder, names, local, include_extras=True)[name])
+
+
+def unaliased(hint: Any) -> Any:
+    """The type with every `type X = ...` alias (PEP 695; NumPy's NDArray is one) replaced by what it stands for.
+
+    A recursive alias stays: pydantic knows what it means.
+    """
+    try:
+        return _unaliased(hint, ())
+    except RecursionError:
+        return hint
+
+
+def _unaliased(hint: Any, inside: tuple[Any, ...]) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    alias = next((item for item in (hint, origin) if type(item).__name__ == "TypeAliasType"), None)
+    if alias is not None:
+        if alias in inside:
+            raise RecursionError
+        return _unaliased(alias.__value__[args] if args else alias.__value__, (*inside, alias))
+    if not args or origin is typing.Literal:
+        return hint
+    if origin is typing.Annotated:
+        inner = _unaliased(args[0], inside)
+        return hint if inner is args[0] else typing.Annotated[(inner, *args[1:])]
+    changed = tuple(_unaliased(arg, inside) for arg in args)
+    return hint if all(new is old for new, old in zip(changed, args, strict=True)) else with_args(hint, changed)
+
+
+def with_args(hint: Any, args: tuple[Any, ...]) -> Any:
+    """The generic type or union `hint` with other arguments."""
+    origin: Any = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return typing.Union[args]  # noqa: UP007  (the members are only known here)
+    return hint.copy_with(args) if hasattr(hint, "copy_with") else origin[args]
 
 
 def _resolve(name: str, note: Any, namespace: dict[str, Any]) -> Any:

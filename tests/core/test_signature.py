@@ -520,3 +520,21 @@ class TestSchemas:
         f.__annotations__["x"] = typing.Generator[int, None, None] | int | "Nowhere"
         with pytest.raises(SignatureError):
             Signature.of(f).validate_json(b'{"x": 1}')
+
+
+def test_aliases_are_the_types_they_stand_for() -> None:
+    from typing_extensions import TypeAliasType
+
+    T = typing.TypeVar("T")
+    array = TypeAliasType("array", np.ndarray[Any, np.dtype[T]], type_params=(T,))  # as NumPy 2.5 writes NDArray
+    row = TypeAliasType("row", list[float])
+
+    def f(x, rows): ...
+
+    f.__annotations__ = {"x": array[np.int64], "rows": list[row] | None, "return": row}
+    signature = Signature.of(f)
+    assert signature.returns == list[float]
+    assert signature.parameters[1].annotation == list[list[float]] | None
+    assert signature.validate_json(b'{"x": [1], "rows": [[1.0]]}')["x"].dtype == np.int64
+    with pytest.raises(InvalidInput):
+        signature.validate_json(b'{"x": [1.5], "rows": null}')
