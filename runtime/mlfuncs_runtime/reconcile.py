@@ -15,6 +15,7 @@ Key = tuple[str, str]  # (endpoint, revision)
 
 BACKOFF_FIRST_S = 0.5  # guess; doubles with each failure in a row
 BACKOFF_MAX_S = 30.0  # guess: a broken function costs one start every half minute
+IDLE_LOADS = 2  # guess: zygotes of revisions at zero that load at once, so that after a restart needed ones come first
 PROVEN_S = 10.0  # a replica that was ready this long starts the count of failures anew when it dies
 
 
@@ -206,7 +207,21 @@ def reconcile(wishes: Iterable[Wish], observed: Observed, now_s: float) -> list[
         if key in by_key:
             actions += _starts(wish, replicas, observed, now_s)
         actions += _surplus(wish, [replica for replica in replicas if replica.id not in overdue])
-    return actions
+    return _in_turn(actions, by_key, observed)
+
+
+def _in_turn(actions: list[Action], wishes: Mapping[Key, Wish], observed: Observed) -> list[Action]:
+    """The actions without starts of zygotes that nobody waits for while others load: those come in a later pass."""
+
+    def is_idle(action: Action) -> bool:
+        wish = wishes[action.endpoint, action.revision] if isinstance(action, StartZygote) else None
+        return wish is not None and not (wish.replicas or wish.spares)
+
+    loading = sum(zygote.phase is ZygotePhase.STARTING for zygote in observed.zygotes)
+    loading += sum(isinstance(action, StartZygote) and not is_idle(action) for action in actions)
+    room = max(0, IDLE_LOADS - loading)
+    idle = [action for action in actions if is_idle(action)]
+    return [action for action in actions if not is_idle(action) or action in idle[:room]]
 
 
 def next_due_s(observed: Observed, now_s: float) -> float:
