@@ -37,7 +37,7 @@ def execute(target: Any, values: Mapping[str, Any], returns: Any, spec: Function
     outputs: dict[str, Any] = {}
     with activate(run), _environment(spec.env):
         try:
-            outputs = encode_outputs(invoke(target, values), returns, run.settings)
+            outputs = encode_outputs(invoke(target, values), returns, run)
         except BaseException as exc:  # noqa: BLE001 - a user's function may raise anything, SystemExit included
             raised = exc.with_traceback(_users_part(exc.__traceback__))
     used = meter.read()

@@ -17,23 +17,25 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlfuncs.errors import NotFound
-from mlfuncs.settings import Settings
-from mlfuncs.tracking import log_metric
-from mlfuncs.values import encode
+from mlfuncs.tracking import ActiveRun, log_metric
+from mlfuncs.values import encode, masked, masked_document
 
 _LEAVES = (type(None), bool, int, float, str)
 _FEW = 1000  # items of what may stand in the registry; see `mlfuncs.values.is_plain`
 
 
-def encode_outputs(result: Any, returns: Any, settings: Settings) -> dict[str, Any]:
-    """The outputs of a run whose function, annotated with `returns`, gave `result`, as documents by name.
+def encode_outputs(result: Any, returns: Any, run: ActiveRun) -> dict[str, Any]:
+    """The outputs of `run`, whose function, annotated with `returns`, gave `result`, as documents by name.
 
-    Values that have no plain form are stored. Raises ArtifactError for one that cannot be.
+    Values that have no plain form are stored; secrets are masked in what stands in the registry. Raises ArtifactError
+    for a value that cannot be stored.
     """
-    named = split(result, returns)
-    for value, _hint in named.values():
+    documents = {}
+    for name, (value, hint) in split(result, returns).items():
         _log_metrics_value(value)
-    return {name: encode(_unboxed(value, hint), _usable(hint), settings) for name, (value, hint) in named.items()}
+        document = encode(_unboxed(value, hint), _usable(hint), run.settings)
+        documents[masked(name, run.secrets)] = masked_document(document, run.secrets)
+    return documents
 
 
 def split(result: Any, returns: Any) -> dict[str, tuple[Any, Any]]:

@@ -49,7 +49,7 @@ def log_metric(name: str, value: float, step: int | None = None) -> None:
         value = _as_float(name, value)
     if step is not None and type(step) is not int:
         step = _as_step(name, step)
-    run.journal.append(METRIC, _as_name("metric", name), value, step, time.time())
+    run.journal.append(METRIC, _as_name("metric", name, run), value, step, time.time())
 
 
 def log_params(params: Mapping[str, Any]) -> None:
@@ -59,7 +59,7 @@ def log_params(params: Mapping[str, Any]) -> None:
     run = _require_run("log_params")
     if not isinstance(params, Mapping):
         raise InvalidInput(f"log_params takes a dict of names and values, not {type(params).__name__}")
-    shown = {_as_name("parameter", name): describe(value, run.secrets) for name, value in params.items()}
+    shown = {_as_name("parameter", name, run): describe(value, run.secrets) for name, value in params.items()}
     run.journal.append(PARAMS, shown)
 
 
@@ -68,11 +68,12 @@ def log_artifact(name: str, value: Any) -> Artifact:
 
     Inside a run only. Raises ArtifactError when the value has no stored form.
     """
-    from mlfuncs.values import Artifact, open_store
+    from mlfuncs.values import Artifact, masked_document, open_store
 
     run = _require_run("log_artifact")
     ref = open_store(run.settings).put(value)
-    run.journal.append(ARTIFACT, "logged", _as_name("artifact", name), {"artifact": ref.to_dict()})
+    document = masked_document({"artifact": ref.to_dict()}, run.secrets)
+    run.journal.append(ARTIFACT, "logged", _as_name("artifact", name, run), document)
     return Artifact(ref, run.settings)
 
 
@@ -122,9 +123,13 @@ def _require_run(what: str) -> ActiveRun:
     return run
 
 
-def _as_name(kind: str, name: Any) -> str:
+def _as_name(kind: str, name: Any, run: ActiveRun) -> str:
     if not isinstance(name, str) or not name:
         raise InvalidInput(f"the name of a {kind} must be text that is not empty, not {name!r}")
+    if run.secrets:
+        from mlfuncs.values import masked
+
+        return str(masked(name, run.secrets))
     return name
 
 

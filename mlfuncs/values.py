@@ -139,12 +139,24 @@ def _is_plain_tree(value: Any, budget: list[int]) -> bool:
 
 def describe(value: Any, secrets: Mapping[str, str]) -> Any:
     """`value` as a parameter is shown: plain values as they are, others as short text; secrets masked."""
-    shown = value if is_plain(value) else _summary(value)
+    return masked(value if is_plain(value) else _summary(value), secrets)
+
+
+def masked(value: Any, secrets: Mapping[str, str]) -> Any:
+    """A JSON value with the values of `secrets` masked wherever they are in its text."""
     if not secrets:
-        return shown
+        return value
     from mlfuncs.secrets import Redactor
 
-    return _redact_tree(shown, Redactor(secrets.values()))
+    return _redact_tree(value, Redactor(secrets.values()))
+
+
+def masked_document(document: dict[str, Any], secrets: Mapping[str, str]) -> dict[str, Any]:
+    """What `encode` gave, with secrets masked in a plain value and in the description of a stored one."""
+    if not secrets or "artifact" not in document:
+        return masked(document, secrets)
+    ref = document["artifact"]
+    return {**document, "artifact": {**ref, "metadata": masked(ref["metadata"], secrets)}}
 
 
 def _summary(value: Any) -> Any:

@@ -354,6 +354,24 @@ class TestSecrets:
             if path.is_file() and "artifacts" not in path.parts:
                 assert b"hunter2" not in path.read_bytes(), path
 
+    def test_a_secret_is_in_no_name_result_or_description_either(self, settings, monkeypatch):
+        monkeypatch.setenv("DB_PASSWORD", "hunter2-swordfish")
+
+        @ml.function(secrets=["DB_PASSWORD"])
+        def leak() -> dict:
+            password = ml.secret("DB_PASSWORD")
+            ml.log_metric(f"m {password}", 1.0)
+            ml.log_params({password: 1})
+            ml.log_artifact(f"a {password}", {"dsn": [password]})
+            return {"dsn": f"pg://{password}", password: np.arange(3)}
+
+        run = leak.run()
+        assert run.outputs["dsn"] == "pg://***" and run.output["***"].tolist() == [0, 1, 2]
+        assert (run.metrics, run.params) == ({"m ***": 1.0}, {"***": 1})
+        assert run.artifacts["a ***"].load() == {"dsn": ["hunter2-swordfish"]}  # what was stored is what comes back
+        with sqlite3.connect(settings.home / "registry.db") as database:
+            assert not [line for line in database.iterdump() if "hunter2" in line]
+
 
 class TestIsolated:
     def test_it_is_another_process_with_the_same_result(self, capsys):
