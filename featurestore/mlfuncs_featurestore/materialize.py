@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ViewMaterialized:
-    """One view's run: rows sent, the table versions it started after and reached, files read, rows of the future."""
+    """One view's run: rows stored, the table versions it started after and reached, files read, rows of the future."""
 
     view: str
     rows: int
@@ -61,7 +61,7 @@ class MaterializeReport:
 
     @property
     def rows(self) -> int:
-        """Rows sent in all."""
+        """Rows stored in all."""
         return sum(one.rows for one in self.views)
 
     def __str__(self) -> str:

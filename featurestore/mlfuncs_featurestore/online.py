@@ -117,7 +117,7 @@ class OnlineStore:
         return ViewRead(self._store.settings.project, view, features, self._earlier[key][0])
 
     def write(self, view: FeatureView, rows: pa.Table, now_us: int | None = None) -> int:
-        """Write conformed rows with their `__ingest` numbers, each entity's newest winning; how many were sent."""
+        """Write conformed rows with their `__ingest` numbers, each entity's newest winning; how many were stored."""
         from mlfuncs_featurestore.online_write import write_rows
 
         return write_rows(self, view, rows, time.time_ns() // 1000 if now_us is None else now_us)

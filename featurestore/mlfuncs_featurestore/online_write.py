@@ -5,6 +5,7 @@ Owns: what `push`, `materialize` and `stream` have in common.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,36 +18,48 @@ from mlfuncs_featurestore.online_rows import entity_keys, newest_of_each, pack_t
 if TYPE_CHECKING:
     from mlfuncs_featurestore.online import OnlineStore
 
-ROWS_AT_ONCE = 20_000  # rows packed before they are sent
+ROWS_AT_ONCE = 10_000  # rows packed before they are sent
 FUTURE_US = 60 * 10**6  # clocks differ: a row this much ahead is not of the future
 TRIES = 5  # of one compaction, against writers that append meanwhile
 
 
 def write_rows(online: OnlineStore, view: FeatureView, rows: pa.Table, now_us: int) -> int:
-    """Write conformed rows that carry `__ingest`; idempotent, in any order. Returns how many rows were sent.
+    """Write conformed rows that carry `__ingest`; idempotent, in any order. Returns how many rows were stored.
 
     Where only the newest row is kept, a row of the future is left out: it would hide the one that holds now.
     """
     read = online.read_of(view, ())
-    sent = 0
     if read.form == LATEST:
         event = whole_numbers(rows[view.timestamp])
         if len(event) and event.max() > now_us + FUTURE_US:
             rows = rows.filter(pa.array(event <= now_us + FUTURE_US))
-    for start in range(0, rows.num_rows, ROWS_AT_ONCE):
-        part = rows.slice(start, ROWS_AT_ONCE)
-        sent += _write_latest(online, read, part) if read.form == LATEST else _write_events(online, read, part, now_us)
-    return sent
+    parts = [rows.slice(start, ROWS_AT_ONCE) for start in range(0, rows.num_rows, ROWS_AT_ONCE)]
+    if read.form != LATEST:
+        return sum(_write_events(online, read, part, now_us) for part in parts)
+    if len(parts) < 2:
+        return sum(online.rows.write_newest(*pack_latest(read, part)) for part in parts)
+    return _write_ahead(online, read, parts)
 
 
-def _write_latest(online: OnlineStore, read: ViewRead, rows: pa.Table) -> int:
+def _write_ahead(online: OnlineStore, read: ViewRead, parts: list[pa.Table]) -> int:
+    """Write many rows: while Redis works on one part, the next is packed."""
+    done, under_way = 0, None
+    with ThreadPoolExecutor(1) as sender:
+        for part in parts:
+            keys, packed = pack_latest(read, part)
+            done += 0 if under_way is None else under_way.result()
+            under_way = sender.submit(online.rows.write_newest, keys, packed)
+        return done if under_way is None else done + under_way.result()
+
+
+def pack_latest(read: ViewRead, rows: pa.Table) -> tuple[list[bytes], list[bytes]]:
+    """The Redis keys and packed rows of a table, each entity's newest once."""
     stamps, entities = read_stamps(read.view, rows), entity_keys(read.view, rows)
     packed = pack_table(read.codec, rows, stamps)
     newest = newest_of_each(entities, stamps)
     if newest is not None:
         entities, packed = [entities[place] for place in newest], [packed[place] for place in newest]
-    online.rows.write_newest(read.keys.of(entities), packed)
-    return len(entities)
+    return read.keys.of(entities), packed
 
 
 def _write_events(online: OnlineStore, read: ViewRead, rows: pa.Table, now_us: int) -> int:

@@ -1,8 +1,8 @@
 """The Lua scripts that make online writes atomic.
 
 Owns: NEWEST (newest row wins), APPEND (events of one entity), SWAP (replace what was read). Little-endian layouts are
-those of `rows` and `stream_windows`. Lua numbers are doubles: 64-bit numbers are compared as doubles and, where these
-are equal, by halves, so no two stamps are taken for equal.
+those of `rows` and `stream_windows`. Lua numbers are doubles: 64-bit numbers are compared by halves, so that no two
+stamps are taken for equal.
 """
 
 from __future__ import annotations
@@ -12,10 +12,7 @@ from __future__ import annotations
 NEWEST = """
 local unpack_number, call = struct.unpack, redis.call
 local function wins(new, old)
-  if string.sub(new, 5, 28) == string.sub(old, 5, 28) then return true end
   for at = 5, 21, 8 do
-    local a, b = unpack_number('<i8', new, at), unpack_number('<i8', old, at)
-    if a ~= b then return a > b end
     local low_a, high_a = unpack_number('<I4i4', new, at)
     local low_b, high_b = unpack_number('<I4i4', old, at)
     if high_a ~= high_b then return high_a > high_b end

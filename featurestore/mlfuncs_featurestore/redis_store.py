@@ -1,6 +1,6 @@
 """The online store on Redis: packed rows by key, written atomically.
 
-Owns: RedisOnlineStore, the adapter of the port `OnlineStore` (see `online_port`).
+Owns: RedisOnlineStore, the adapter of the port `online_port.OnlineRows`.
 """
 
 from __future__ import annotations

@@ -72,6 +72,8 @@ def read_value(value: bytes) -> tuple[int, list[bytes]]:
         raise InvalidInput("a stored event value is not of a known form; materialize the view again")
     horizon: int = STATE.unpack_from(value)[1]
     rows, position, end = [], STATE.size, len(value)
+    if (size := _one_length(value)) is not None:
+        return horizon, [value[start : start + size] for start in range(position + 4, end, size + 4)]
     while position < end:
         (length,) = _LENGTH.unpack_from(value, position)
         position += 4 + length
@@ -79,6 +81,19 @@ def read_value(value: bytes) -> tuple[int, list[bytes]]:
     if position != end:
         raise InvalidInput("a stored event value is cut short; materialize the view again")
     return horizon, rows
+
+
+def _one_length(value: bytes) -> int | None:
+    """The length of every row in a value, when they are all of one."""
+    if len(value) < STATE.size + 4:
+        return None
+    (size,) = _LENGTH.unpack_from(value, STATE.size)
+    count, rest = divmod(len(value) - STATE.size, size + 4)
+    if rest:
+        return None
+    records = np.frombuffer(value, np.uint8, offset=STATE.size).reshape(count, size + 4)
+    same = (np.ascontiguousarray(records[:, :4]).view("<u4") == size).all()
+    return int(size) if same else None
 
 
 class EntityEvents:

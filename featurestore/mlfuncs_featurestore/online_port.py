@@ -1,0 +1,83 @@
+"""The port to an online store, and the one in memory.
+
+Owns: OnlineRows, what an adapter must do, and MemoryRows, the fake that ships for tests of code above it. Both pass
+`tests/contracts/test_online_rows.py`. A value is a packed row (`rows`) or an event value (`stream_windows`).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Protocol
+
+from mlfuncs_featurestore.rows import read_stamp
+from mlfuncs_featurestore.stream_windows import STATE
+
+
+class OnlineRows(Protocol):
+    """Bytes by key. Every write is atomic per key, and may be repeated without changing the result but for `append`."""
+
+    def read(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """What is at each key, None where there is nothing."""
+
+    def write_newest(self, keys: Sequence[bytes], rows: Sequence[bytes]) -> int:
+        """Store each packed row unless one with a later (event, created, sequence) is there; how many were stored."""
+
+    def append(self, keys: Sequence[bytes], records: Sequence[bytes], header: bytes, least: int) -> list[bytes]:
+        """Append to each value (`header` goes before the first record); the keys of values over `least` bytes that
+        have more than doubled since they were compacted."""
+
+    def swap(self, key: bytes, seen: bytes, new: bytes) -> bool:
+        """Replace the value that was `seen`; False when it is another one by now."""
+
+    def delete(self, keys: Sequence[bytes]) -> None:
+        """Remove what is at the keys."""
+
+
+class MemoryRows:
+    """An online store in this process."""
+
+    def __init__(self) -> None:
+        self._values: dict[bytes, bytes] = {}
+        self._lock = threading.Lock()
+
+    def read(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """See OnlineRows."""
+        with self._lock:
+            return [self._values.get(key) for key in keys]
+
+    def write_newest(self, keys: Sequence[bytes], rows: Sequence[bytes]) -> int:
+        """See OnlineRows."""
+        stored = 0
+        with self._lock:
+            for key, row in zip(keys, rows, strict=True):
+                old = self._values.get(key)
+                if old is None or read_stamp(row).order >= read_stamp(old).order:
+                    self._values[key] = row
+                    stored += 1
+        return stored
+
+    def append(self, keys: Sequence[bytes], records: Sequence[bytes], header: bytes, least: int) -> list[bytes]:
+        """See OnlineRows."""
+        grown = []
+        with self._lock:
+            for key, record in zip(keys, records, strict=True):
+                is_new = key not in self._values
+                value = self._values[key] = self._values.get(key, header) + record
+                if not is_new and len(value) > max(least, 2 * STATE.unpack_from(value)[2]):
+                    grown.append(key)
+        return grown
+
+    def swap(self, key: bytes, seen: bytes, new: bytes) -> bool:
+        """See OnlineRows."""
+        with self._lock:
+            if self._values.get(key) != seen:
+                return False
+            self._values[key] = new
+            return True
+
+    def delete(self, keys: Sequence[bytes]) -> None:
+        """See OnlineRows."""
+        with self._lock:
+            for key in keys:
+                self._values.pop(key, None)

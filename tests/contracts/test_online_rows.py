@@ -1,0 +1,110 @@
+"""What every online store does with bytes by key: the one in Redis and the one in memory."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mlfuncs.settings import Settings
+from mlfuncs_featurestore.online_port import MemoryRows
+from mlfuncs_featurestore.redis_client import RedisLink
+from mlfuncs_featurestore.redis_embedded import stop_embedded
+from mlfuncs_featurestore.redis_keys import ViewKeys
+from mlfuncs_featurestore.redis_store import RedisOnlineStore
+from mlfuncs_featurestore.rows import RowCodec, Stamp, read_stamp
+from mlfuncs_featurestore.stream_windows import STATE, new_header
+from mlfuncs_featurestore.types import parse_type
+
+CODEC = RowCodec({"amount": parse_type("float64")})
+KEYS = ViewKeys("shop", "spend", "r")
+
+
+@pytest.fixture(scope="module", params=["memory", "redis"])
+def rows(request, tmp_path_factory):
+    if request.param == "memory":
+        yield MemoryRows()
+        return
+    here = Settings(home=tmp_path_factory.mktemp("contract"), project="shop")
+    link = RedisLink(here)
+    yield RedisOnlineStore(link)
+    link.close()
+    stop_embedded(here)
+
+
+def row(event, created=0, sequence=0, amount=0.0):
+    return CODEC.encode({"amount": amount}, Stamp(event, created, sequence))
+
+
+def keys(*names):
+    return KEYS.of([f"s{name}".encode() for name in names])
+
+
+def test_reads_in_order_with_gaps_and_duplicates(rows):
+    a, b, missing = keys("a", "b", "missing")
+    assert rows.write_newest([a, b], [row(1), row(2)]) == 2
+    assert rows.read([b, missing, a, b]) == [row(2), None, row(1), row(2)]
+    assert rows.read([]) == []
+    rows.delete([a, missing])
+    assert rows.read([a]) == [None]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(*[st.sampled_from([0, 1, -1, 2**53, 2**53 + 1, 2**62, -(2**62), 2**32])] * 3), min_size=1))
+def test_the_greatest_stamp_wins_and_an_equal_one_replaces(rows, stamps):
+    (key,) = keys("hypothesis")
+    rows.delete([key])
+    for number, stamp in enumerate(stamps):
+        rows.write_newest([key], [row(*stamp, amount=float(number))])
+    stored = rows.read([key])[0]
+    best = max(stamps)
+    assert read_stamp(stored).order == best
+    assert CODEC.decode(stored)[1]["amount"] == max(n for n, stamp in enumerate(stamps) if stamp == best)
+
+
+def test_a_large_batch_is_stored_whole(rows):
+    many = keys(*range(5000))
+    assert rows.write_newest(many, [row(number) for number in range(5000)]) == 5000
+    assert rows.read(many) == [row(number) for number in range(5000)]
+    assert rows.write_newest(many, [row(-1)] * 5000) == 0
+
+
+def test_appends_of_many_writers_are_all_there(rows):
+    (key,) = keys("appended")
+    rows.delete([key])
+
+    def write(letter):
+        for _ in range(50):
+            rows.append([key], [letter], new_header(), 10**9)
+
+    writers = [threading.Thread(target=write, args=(letter,)) for letter in (b"x", b"y")]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    value = rows.read([key])[0]
+    assert value[: STATE.size] == new_header() and sorted(value[STATE.size :]) == sorted(b"x" * 50 + b"y" * 50)
+
+
+def test_says_which_values_have_doubled(rows):
+    small, large = keys("small", "large")
+    rows.delete([small, large])
+    assert rows.append([small, large], [b"a", b"b" * 100], new_header(), 50) == []
+    assert rows.append([small, large], [b"a", b"b"], new_header(), 50) == [large]
+    seen = rows.read([large])[0]
+    assert rows.swap(large, seen, new_header(size=100) + b"c" * 100)
+    assert rows.append([large], [b"d"], new_header(), 50) == []
+    assert rows.append([large], [b"d" * 100], new_header(), 50) == [large]
+
+
+def test_swaps_only_what_was_seen(rows):
+    (key,) = keys("swapped")
+    rows.delete([key])
+    assert not rows.swap(key, b"", b"new")
+    rows.append([key], [b"one"], new_header(), 10**9)
+    seen = rows.read([key])[0]
+    rows.append([key], [b"two"], new_header(), 10**9)
+    assert not rows.swap(key, seen, b"lost") and rows.swap(key, rows.read([key])[0], b"new")
+    assert rows.read([key]) == [b"new"]
