@@ -60,6 +60,7 @@ def read_options(function: Function[Any, Any], name: str | None, target: str, gi
     if missing := [key for key in required if key not in init]:
         example = ", ".join(f"{key}=..." for key in missing)
         raise SpecError(f"the constructor of {function.spec.name!r} needs {missing[0]!r}: deploy({example})")
+    _check_init(function, init_names, init)
     changes = {key: rest[key] for key in _OVERRIDES if key in rest}
     share = rest.get("traffic", 100)
     if not isinstance(share, int) or isinstance(share, bool) or not 0 <= share <= 100:
@@ -176,6 +177,25 @@ def _constructor(target: Any) -> dict[str, Any]:
     parameters = list(inspect.signature(target.__init__).parameters.values())[1:]
     plain = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     return {parameter.name: parameter.default for parameter in plain}
+
+
+def _check_init(function: Function[Any, Any], defaults: Mapping[str, Any], init: Mapping[str, Any]) -> None:
+    """Raise InvalidInput for a value that the constructor's type hints refuse; artifacts are not loaded for it."""
+    from mlfuncs.hints import known_hints
+
+    hints = known_hints(function.target.__init__) if init else {}
+    typed = {
+        name: value
+        for name, value in init.items()
+        if not hasattr(value, "digest") and not isinstance(hints.get(name, ""), str)
+    }
+    if not typed:
+        return
+    from mlfuncs.signature import Parameter
+    from mlfuncs.validation import Checker
+
+    parameters = [Parameter(name, hints[name], defaults[name], "keyword") for name in typed]
+    Checker(f"{function.spec.name}'s constructor", parameters).check(typed)
 
 
 def _endpoint_options(given: Mapping[str, Any]) -> dict[str, Any]:

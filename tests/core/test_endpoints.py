@@ -131,6 +131,15 @@ def test_access_options_belong_to_the_endpoint(settings: Settings):
     }
 
 
+def test_a_constructor_argument_of_another_type_is_refused_before_anything_is_stored(settings: Settings):
+    with pytest.raises(InvalidInput, match="threshold should be a number"):
+        deploy(Classifier, target="memory", threshold="high")
+    with pytest.raises(InvalidInput, match="label"):
+        deploy(Classifier, target="memory", threshold=1.0, label=3)
+    assert open_registry(settings).endpoints.list() == []
+    assert deploy(Classifier, target="memory", threshold=1).revision == "rev-1"
+
+
 def test_constructor_arguments_are_bound_and_stored(settings: Settings):
     made = deploy(Classifier, target="memory", threshold=0.5)
     config = open_registry(settings).endpoints.get("classifier").latest.config
