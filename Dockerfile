@@ -9,13 +9,15 @@ FROM ${PYTHON_IMAGE} AS build
 ARG PIP_INDEX_URL
 ARG PIP_TRUSTED_HOST
 ARG PIP_CERT
+# Extras whose dependencies are put in as well, e.g. "postgres featurestore" for the platform's own image.
+ARG EXTRAS=
 RUN ["python", "-m", "venv", "/opt/mlfuncs"]
 WORKDIR /src
 # certificates.pem is there when the building machine has authorities of its own; it stays in this stage.
 COPY pyproject.toml certificates.pe[m] ./
 # Its own packages are copied beside the dependencies, so that a change of them downloads nothing. uv is for machines that
 # build environments, which containers never do.
-RUN ["python", "-c", "import pathlib, tomllib; lines = tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies']; pathlib.Path('core.txt').write_text('\\n'.join(line for line in lines if not line.startswith('uv>'))); next(pathlib.Path('/opt/mlfuncs/lib').glob('python*/site-packages')).joinpath('mlfuncs.pth').write_text('\\n'.join(f'/opt/mlfuncs/src{part}' for part in ('', '/runtime', '/pipelines', '/featurestore')))"]
+RUN ["python", "-c", "import os, pathlib, tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; extras = os.environ.get('EXTRAS', '').split(); optional = [line for extra in extras for name in [extra, *(['tables'] if extra == 'featurestore' else [])] for line in project['optional-dependencies'][name] if not line.startswith('mlfuncs')]; lines = project['dependencies'] + optional; pathlib.Path('/home-of-mlfuncs').mkdir(); pathlib.Path('core.txt').write_text('\\n'.join(line for line in lines if not line.startswith('uv>'))); next(pathlib.Path('/opt/mlfuncs/lib').glob('python*/site-packages')).joinpath('mlfuncs.pth').write_text('\\n'.join(f'/opt/mlfuncs/src{part}' for part in ('', '/runtime', '/pipelines', '/featurestore')))"]
 RUN ["/opt/mlfuncs/bin/python", "-m", "pip", "install", "--no-cache-dir", "--disable-pip-version-check", "--quiet", "-r", "core.txt"]
 RUN ["/opt/mlfuncs/bin/python", "-m", "pip", "uninstall", "--quiet", "--yes", "setuptools", "pip"]
 COPY pyproject.toml LICENSE /opt/mlfuncs/src/
@@ -37,6 +39,8 @@ COPY --from=build /opt/mlfuncs/bin /opt/mlfuncs/bin
 COPY --from=build /opt/mlfuncs/pyvenv.cfg /opt/mlfuncs/pyvenv.cfg
 COPY --from=build /opt/mlfuncs/lib /opt/mlfuncs/lib
 COPY --from=build /opt/mlfuncs/src /opt/mlfuncs/src
+# A volume mounted here belongs to the user below.
+COPY --from=build --chown=10001:10001 /home-of-mlfuncs /home/mlfuncs
 # The root file system may be read-only: all that is written goes to /tmp. The user has a number and no name.
 ENV PATH=/opt/mlfuncs/bin:/usr/local/bin:/usr/bin:/bin \
     HOME=/tmp \

@@ -1,18 +1,21 @@
 """The main job on real data: train as a tracked run, serve the model over HTTP, score held-out rows from its answers.
 
+With `--target docker` the model is served from containers, which are then taken from 0 to 2 and back by load.
 The accuracy printed is computed from the endpoint's answers alone. State goes to a temporary home, the router takes a
 free port, and everything that was started is stopped at the end, also after an error.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from sklearn.datasets import load_breast_cancer
 from sklearn.linear_model import LogisticRegression
@@ -49,6 +52,9 @@ class Diagnose:
         return [int(label) for label in self.model.predict(rows)]
 
 
+CONTAINERS = ml.Scale(min=0, max=2, concurrency=1, window_s=4, grace_s=0)
+
+
 @contextlib.contextmanager
 def step(text: str) -> Iterator[None]:
     """Say what happens now, and how long it took when it is over."""
@@ -60,28 +66,72 @@ def step(text: str) -> Iterator[None]:
 
 def main() -> int:
     """Run the demo; the exit status is 0 only when the served model is as good as it should be."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--target", choices=("process", "docker"), default="process", help="what serves the model")
+    target = parser.parse_args().target
     with tempfile.TemporaryDirectory(prefix="mlfuncs-demo-") as home:
         os.environ.update(MLFUNCS_HOME=home, MLFUNCS_PORT="0", MLFUNCS_PROJECT="demo")
         try:
-            return demo()
+            return demo(target)
         finally:
             subprocess.run([sys.executable, "-m", "mlfuncs", "down"], check=True)
 
 
-def demo() -> int:
-    """Train, deploy, ask, and compare."""
+def demo(target: str) -> int:
+    """Train, deploy, ask, and compare; with containers also scale."""
     _, x_test, _, y_test = split_data()
     with step("training as a tracked run on scikit-learn's breast-cancer data"):
         run = train.run(c=0.5)
     print(f"      run {run.id}: {run.status}, train accuracy {run.metrics['train_accuracy']:.4f}")
     with step("deploying the model behind an HTTP endpoint"):
-        endpoint = Diagnose.deploy(model=run.outputs["output"])
+        scale = {} if target == "process" else {"scale": CONTAINERS}
+        endpoint = Diagnose.deploy(target=target, model=run.outputs["output"], wait_s=900, **scale)
     print(f"      {endpoint.url} serves {endpoint.revision}")
     with step(f"sending {len(x_test)} held-out rows over HTTP, one request a row"):
         answers = [endpoint.invoke(rows=[row.tolist()])[0] for row in x_test]
     accuracy = sum(answer == truth for answer, truth in zip(answers, y_test, strict=True)) / len(y_test)
     print(f"  accuracy of the {len(answers)} answers: {accuracy:.4f}")
-    return 0 if accuracy > 0.95 else 1
+    scaled = target == "process" or scale_by_load(endpoint, x_test[0].tolist())
+    endpoint.delete()
+    return 0 if accuracy > 0.95 and scaled else 1
+
+
+def scale_by_load(endpoint: ml.Endpoint, row: list[float]) -> bool:
+    """Whether the containers go to 0, to 2 under load, and back to 0."""
+    with step("waiting until no container is left"):
+        down = until(lambda: not endpoint.status().replicas)
+    stop, errors = threading.Event(), []
+
+    def ask() -> None:
+        while not stop.is_set():
+            try:
+                endpoint.invoke(rows=[row])
+            except ml.MlfuncsError as exc:
+                errors.append(exc)
+
+    clients = [threading.Thread(target=ask) for _ in range(8)]
+    with step("asking from 8 clients until 2 containers answer"):
+        for client in clients:
+            client.start()
+        up = until(lambda: sum(replica.state == "ready" for replica in endpoint.status().replicas) == 2)
+        stop.set()
+        for client in clients:
+            client.join()
+    with step("waiting until no container is left"):
+        down_again = until(lambda: not endpoint.status().replicas)
+    reached = down and up and down_again
+    print(f"  containers: 0 -> 2 -> 0 {'as wished' if reached else 'NOT reached'}, {len(errors)} errors")
+    return reached and not errors
+
+
+def until(holds: Callable[[], bool], timeout_s: float = 120.0) -> bool:
+    """Whether it came to hold in time."""
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ _PROBLEM = "application/problem+json"
 
 def open_exported(exported: Mapping[str, str], context: Any) -> Callable[[Any, Any], Any]:
     """A handler for the bundle in `exported`. Raises UntrustedError when its signature does not check out."""
-    target = _load(exported)
-    target = getattr(target, "target", target)
+    loaded = _load(exported)
+    target: Any = getattr(loaded, "target", loaded)
     if function_kind(target) == "nuclio":
         init = getattr(inspect.unwrap(target), "__globals__", {}).get("init_context")
         if callable(init):
@@ -30,7 +30,7 @@ def open_exported(exported: Mapping[str, str], context: Any) -> Callable[[Any, A
         handler: Callable[[Any, Any], Any] = target
         return handler
     signature = Signature.of(target)
-    call: Callable[..., Any] = target() if inspect.isclass(target) else target
+    call: Any = target() if inspect.isclass(target) else target
 
     def handle(context: Any, event: Any) -> Any:
         try:
