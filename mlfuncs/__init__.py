@@ -46,13 +46,30 @@ __all__ = sorted([*_CORE, *_FACADE])
 if TYPE_CHECKING:  # for editors and type checkers; `as` marks a name as exported
     from mlfuncs.decorator import Function as Function
     from mlfuncs.decorator import function as function
+    from mlfuncs.endpoints import Endpoint as Endpoint
+    from mlfuncs.endpoints import endpoint as endpoint
+    from mlfuncs.endpoints import list_endpoints as list_endpoints
     from mlfuncs.errors import MlfuncsError as MlfuncsError
+    from mlfuncs.results import HTML as HTML
+    from mlfuncs.results import ClassificationMetrics as ClassificationMetrics
+    from mlfuncs.results import Markdown as Markdown
+    from mlfuncs.results import Metrics as Metrics
+    from mlfuncs.runs import Run as Run
+    from mlfuncs.runs import compare_runs as compare_runs
+    from mlfuncs.runs import get_run as get_run
+    from mlfuncs.runs import list_runs as list_runs
+    from mlfuncs.runs import run as run
+    from mlfuncs.search import LogUniform as LogUniform
+    from mlfuncs.secrets import secret as secret
     from mlfuncs.settings import Settings as Settings
     from mlfuncs.settings import read_settings as read_settings
     from mlfuncs.spec import Batch as Batch
     from mlfuncs.spec import Pod as Pod
     from mlfuncs.spec import Resources as Resources
     from mlfuncs.spec import Scale as Scale
+    from mlfuncs.tracking import log_artifact as log_artifact
+    from mlfuncs.tracking import log_metric as log_metric
+    from mlfuncs.tracking import log_params as log_params
 
 
 def __getattr__(name: str) -> Any:

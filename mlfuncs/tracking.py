@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsFloat, SupportsIndex
 
 from mlfuncs.errors import Conflict, InvalidInput
 from mlfuncs.journal import ARTIFACT, METRIC, PARAMS, Journal
@@ -38,7 +38,7 @@ _active: dict[str, ActiveRun] = {}
 _lock = threading.Lock()
 
 
-def log_metric(name: str, value: float, step: int | None = None) -> None:
+def log_metric(name: str, value: SupportsFloat, step: SupportsIndex | None = None) -> None:
     """Keep a number under `name`, at `step` when there are several. Inside a run only.
 
     Returns at once; once it has returned, the value survives even the death of the process. Raises Conflict outside a

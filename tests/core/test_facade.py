@@ -1,5 +1,6 @@
 """The public face: what `import mlfuncs` loads, and that every promised name and setting is really there."""
 
+import ast
 import dataclasses
 import inspect
 import re
@@ -64,3 +65,9 @@ def test_the_error_tree_in_the_docstring_is_the_real_one():
         if inspect.isclass(value) and issubclass(value, errors.MlfuncsError)
     }
     assert drawn == real
+
+
+def test_editors_see_every_name_of_the_core() -> None:
+    tree = ast.parse(Path(ml.__file__).read_text())
+    seen = {(n.module, a.asname) for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for a in n.names if a.asname}
+    assert {(module, name) for name, module in ml._CORE.items()} <= seen
