@@ -7,6 +7,7 @@ Owns: the join of one bucket (`join_bucket`), which any engine may run anywhere,
 - Of the visible rows the last by event time wins; of equals the last created; of equals the last ingested.
 - Its age t - event time may be at most the view's ttl, inclusive; older is EXPIRED and null.
 - Views with an `event_id`: of one event only the version that was current at t counts, and a deleted one not at all.
+  The later created version is the current one, of equals (and without a created column) the later ingested.
 - Every spine row comes back once, whether found or not. A null key is NOT_FOUND.
 - A feature of the winning row that is null is NULL: earlier rows are not searched for another value.
 - Aggregates are evaluated at t over the visible events (`windows`), where an event was ever visible; else NOT_FOUND.
@@ -140,7 +141,9 @@ class _History:
         self.schema = stored_schema(work.view)
         last = int(work.at_us.max()) if len(work.at_us) else 0
         time = work.view.timestamp
-        self.files = [file for file in work.snapshot.files if file.low.get(time, last) <= last]
+        self.files = list(work.snapshot.files)
+        if not work.view.event_id:  # a correction may move an event to a later time; it counts all the same
+            self.files = [file for file in self.files if file.low.get(time, last) <= last]
         self._first_ref = np.cumsum([0, *(file.rows for file in self.files)])
 
     def latest(self, moments: Moments) -> tuple[np.ndarray, np.ndarray]:

@@ -105,8 +105,12 @@ class Catalog:
     def lineage(self, name: str) -> dict[str, list[str]]:
         """What a view, on-demand view or service comes from ("upstream") and what uses it ("downstream").
 
-        Entries are "kind:name"; models and endpoints that took features of it are found through their runs' versions.
+        Entries are "kind:name". Downstream are services, functions and endpoints that are handed its features, runs
+        that trained on them and the models these made.
         """
+        from mlfuncs.registry import open_registry
+        from mlfuncs_featurestore.lineage import consumers
+
         everything = [one for kind in ("view", "on_demand", "service") for one in self.all(kind)]
         mine = [one for one in everything if one.name == name]
         if not mine:
@@ -119,6 +123,8 @@ class Catalog:
             used = [other for other in everything if other is not one and _uses(one, other.name)]
             upstream += [f"{other.kind}:{other.name}" for other in used]
         downstream = [f"{one.kind}:{one.name}" for one in everything if _uses(one, name) and one.name != name]
+        names = [name, *(entry.partition(":")[2] for entry in downstream)]
+        downstream += consumers(open_registry(self.settings), names)
         return {"upstream": list(dict.fromkeys(upstream)), "downstream": downstream}
 
     def code(self, definition: FeatureView | OnDemandView) -> Callable[..., Any]:

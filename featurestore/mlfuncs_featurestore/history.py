@@ -29,6 +29,7 @@ from mlfuncs_featurestore.asof import (
     join_bucket,
 )
 from mlfuncs_featurestore.definitions import FeatureView
+from mlfuncs_featurestore.lineage import note_versions
 from mlfuncs_featurestore.offline import Snapshot
 from mlfuncs_featurestore.references import Selection, select, split_reference
 from mlfuncs_featurestore.spine import Spine
@@ -131,7 +132,9 @@ def get_historical_features(
     for view, feature in selection.wanted:
         if view in selection.views and feature in selection.views[view].deprecated:
             say_once(f"feature '{view}:{feature}' is deprecated")
-    return join(store, spine, selection, HistoryOptions(**options))
+    result = join(store, spine, selection, HistoryOptions(**options))
+    note_versions({name: snapshot.version for name, snapshot in result.snapshots.items()})
+    return result
 
 
 def join(

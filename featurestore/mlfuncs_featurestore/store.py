@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mlfuncs.settings import Settings, read_settings
 
 if TYPE_CHECKING:
+    from mlfuncs.display import Table
     from mlfuncs_featurestore.catalog import Catalog
     from mlfuncs_featurestore.definitions import Definition
     from mlfuncs_featurestore.history import HistoricalFeatures
@@ -87,6 +88,12 @@ class FeatureStore:
         from mlfuncs_featurestore.training import rebuild
 
         return rebuild(self, record, spine)
+
+    def search(self, text: str = "", *, tag: str = "", owner: str = "") -> Table:
+        """The features whose name, view, description, owner or tags contain `text`, as a table with statistics."""
+        from mlfuncs_featurestore.finding import feature_table
+
+        return feature_table(self, text, tag=tag, owner=owner)
 
     def push(self, view: str, rows: Any, **options: Any) -> PushReport:
         """Make rows readable online at once and durable offline, both or neither; see `push.push`."""

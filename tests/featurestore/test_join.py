@@ -82,7 +82,7 @@ def slow_join(case, rows):
         if case["event_id"]:
             newest = {}
             for number, row in enumerate(known):
-                order = (row[3] if case["created"] else row[2], number)
+                order = (row[3] if case["created"] else 0, number)
                 if row[5] not in newest or order > newest[row[5]][0]:
                     newest[row[5]] = (order, row)
             chosen = [row for _, row in newest.values()]
@@ -332,6 +332,17 @@ def test_corrections_and_deletes_count_in_windows_from_when_they_were_known(stor
     assert got["amount_sum_1h"].to_pylist() == [1.0, 11.0, 11.0, 12.0, 12.0, 2.0]
     assert got["amount_count_1h"].to_pylist() == [1, 2, 2, 2, 2, 1]
     assert got["amount"].to_pylist() == [1.0, 10.0, 10.0, 10.0, 10.0, 2.0]
+
+
+def test_a_delete_known_in_time_counts_even_if_it_moves_the_event_later(store):
+    fields = {"tx": "string", "amount": "int64"}
+    view = FeatureView("pay", entities=[USER], fields=fields, event_id="tx", created_timestamp="created")
+    store.apply(view)
+    event = {"user_id": 1, "tx": "a", "amount": 6, "event_timestamp": second(2), "created": second(3)}
+    store.ingest("pay", [event], now=NOW)
+    store.ingest("pay", [{**event, "event_timestamp": second(10), "created": second(4)}], now=NOW, deleted=True)
+    spine = pd.DataFrame({"user_id": 1, "event_timestamp": [second(3), second(5)]})
+    assert store.get_historical_features(spine, ["pay:amount"]).features["amount"].to_pylist() == [6, None]
 
 
 def test_a_training_set_is_rebuilt_bit_for_bit_after_everything_changed(filled):
