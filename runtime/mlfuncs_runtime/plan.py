@@ -7,7 +7,7 @@ is first a `rollout`, which becomes the traffic when its revisions are ready, or
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -108,13 +108,17 @@ def wanted_by_load(plan: EndpointPlan, revision: str, scaled: Mapping[Key, int])
     return max(low, min(high, scaled.get((plan.name, revision), initial_replicas(plan, revision))))
 
 
-def wishes(plan: EndpointPlan, scaled: Mapping[Key, int]) -> list[Wish]:
-    """What each warm revision should have running; `scaled` is the autoscaler's word by (endpoint, revision)."""
+def wishes(plan: EndpointPlan, scaled: Mapping[Key, int], waiting: Collection[Key] = ()) -> list[Wish]:
+    """What each warm revision should have running; `scaled` is the autoscaler's word by (endpoint, revision).
+
+    Requests wait for those in `waiting`. They, what is rolled out and what has a lower bound are started first.
+    """
     found = []
     for revision in sorted(plan.warm):
         spec = plan.revisions[revision].spec
         count = wanted_by_load(plan, revision, scaled)
-        if plan.rollout and revision in plan.rollout.traffic:
+        is_coming = plan.rollout is not None and revision in plan.rollout.traffic
+        if is_coming:
             count = max(count, needed_for_rollout(plan, revision, scaled))
         found.append(
             Wish(
@@ -124,6 +128,7 @@ def wishes(plan: EndpointPlan, scaled: Mapping[Key, int]) -> list[Wish]:
                 spares=spec.scale.buffer if revision in plan.traffic else 0,
                 drain_timeout_s=spec.timeout_s + 1.0,
                 stop_timeout_s=spec.timeout_s + STOP_MARGIN_S,
+                patient=not (is_coming or bounds(plan, revision)[0] or (plan.name, revision) in waiting),
             )
         )
     return found

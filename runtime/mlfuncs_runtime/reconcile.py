@@ -15,7 +15,7 @@ Key = tuple[str, str]  # (endpoint, revision)
 
 BACKOFF_FIRST_S = 0.5  # guess; doubles with each failure in a row
 BACKOFF_MAX_S = 30.0  # guess: a broken function costs one start every half minute
-IDLE_LOADS = 2  # guess: zygotes of revisions at zero that load at once, so that after a restart needed ones come first
+PATIENT_LOADS = 2  # guess: after a restart more zygotes than this load at once only when someone waits for them
 PROVEN_S = 10.0  # a replica that was ready this long starts the count of failures anew when it dies
 
 
@@ -41,7 +41,7 @@ class ZygotePhase(StrEnum):
 
 @dataclass(frozen=True)
 class Wish:
-    """What one revision should have running."""
+    """What one revision should have running; a `patient` one lets others load first, as nobody waits for it."""
 
     endpoint: str
     revision: str
@@ -50,6 +50,7 @@ class Wish:
     start_timeout_s: float = 120.0
     drain_timeout_s: float = 60.0
     stop_timeout_s: float = 35.0
+    patient: bool = False
 
     @property
     def key(self) -> Key:
@@ -211,17 +212,15 @@ def reconcile(wishes: Iterable[Wish], observed: Observed, now_s: float) -> list[
 
 
 def _in_turn(actions: list[Action], wishes: Mapping[Key, Wish], observed: Observed) -> list[Action]:
-    """The actions without starts of zygotes that nobody waits for while others load: those come in a later pass."""
+    """The actions without starts of patient zygotes while others load: those come in a later pass."""
 
-    def is_idle(action: Action) -> bool:
-        wish = wishes[action.endpoint, action.revision] if isinstance(action, StartZygote) else None
-        return wish is not None and not (wish.replicas or wish.spares)
+    def is_patient(action: Action) -> bool:
+        return isinstance(action, StartZygote) and wishes[action.endpoint, action.revision].patient
 
     loading = sum(zygote.phase is ZygotePhase.STARTING for zygote in observed.zygotes)
-    loading += sum(isinstance(action, StartZygote) and not is_idle(action) for action in actions)
-    room = max(0, IDLE_LOADS - loading)
-    idle = [action for action in actions if is_idle(action)]
-    return [action for action in actions if not is_idle(action) or action in idle[:room]]
+    loading += sum(isinstance(action, StartZygote) and not is_patient(action) for action in actions)
+    patient = [action for action in actions if is_patient(action)][: max(0, PATIENT_LOADS - loading)]
+    return [action for action in actions if not is_patient(action) or action in patient]
 
 
 def next_due_s(observed: Observed, now_s: float) -> float:

@@ -43,10 +43,14 @@ class _Memory:
 
 
 class Scaler:
-    """How many replicas each revision should have, by load. `scaled` is its word."""
+    """How many replicas each revision should have, by load. `scaled` is its word.
+
+    `waiting` has the revisions that requests waited for and that had no ready replica since.
+    """
 
     def __init__(self) -> None:
         self.scaled: dict[Key, int] = {}
+        self.waiting: set[Key] = set()
         self._memories: dict[Key, _Memory] = {}
         self._loads: dict[str, _Load] = {}
 
@@ -66,6 +70,7 @@ class Scaler:
         for key in [key for key in self._memories if key not in known]:
             del self._memories[key]
             self.scaled.pop(key, None)
+        self.waiting = {key for key in self.waiting if key in known and not observed.ready(key)}
         return self.scaled != before
 
     def woken(self, plan: EndpointPlan, revision: str | None, now_s: float) -> bool:
@@ -76,6 +81,8 @@ class Scaler:
             assert name is not None
             key = (plan.name, name)
             _, high = bounds(plan, name)
+            woken |= high > 0 and key not in self.waiting
+            self.waiting.add(key)
             if self.scaled.get(key, initial_replicas(plan, name)) < 1 <= high:
                 self.scaled[key] = 1
                 woken = True

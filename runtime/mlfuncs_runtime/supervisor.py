@@ -135,7 +135,7 @@ class Supervisor:
         for plan in plans:
             self._judge(plan)
         observed = self.books.observe()
-        wished: list[Wish] = [wish for plan in plans for wish in wishes(plan, self.scaler.scaled)]
+        wished: list[Wish] = [wish for plan in plans for wish in wishes(plan, self.scaler.scaled, self.scaler.waiting)]
         for action in reconcile(wished, observed, time.monotonic()):
             self.fleet.carry_out(action)
         routes = [route(plan, self.fleet.routable(plan.name)) for plan in plans]

@@ -51,6 +51,17 @@ def test_the_autoscaler_is_held_within_the_bounds():
     assert wished(plan()) == {"rev-1": 1}
 
 
+def test_only_what_nobody_waits_for_is_patient():
+    def patient(the_plan: EndpointPlan, waiting: tuple[tuple[str, str], ...] = ()) -> set[str]:
+        return {wish.revision for wish in wishes(the_plan, {}, waiting) if wish.patient}
+
+    at_zero = {name: RevisionConfig(replace(SPEC, scale=replace(SPEC.scale, min=0))) for name in ("rev-1", "rev-2")}
+    assert patient(plan()) == set()  # it has a minimum
+    assert patient(plan(revisions=at_zero)) == {"rev-1"}
+    assert patient(plan(revisions=at_zero), (("churn", "rev-1"),)) == set()
+    assert patient(plan(revisions=at_zero, rollout=Rollout("r", {"rev-2": 100}))) == {"rev-1"}
+
+
 def test_only_revisions_with_traffic_keep_the_minimum():
     tagged = plan(tags={"next": "rev-2"})
     assert bounds(tagged, "rev-2") == (0, 4)

@@ -74,6 +74,15 @@ def test_a_waiting_request_wakes_from_zero_without_a_tick():
     assert world.step(1, 1.0) == 1
 
 
+def test_a_wake_is_news_also_for_what_should_run_already_and_is_over_when_it_does():
+    world = World(min=0, max=2, initial=1)
+    assert world.scaler.woken(world.plan, "rev-1", world.now_s)
+    assert world.scaler.waiting == {KEY}
+    world.step(1, 1.0)
+    world.step(1, 1.0)
+    assert world.scaler.waiting == set()
+
+
 def test_a_wake_for_a_revision_without_traffic_wakes_those_that_have():
     world = World(min=0, max=2, initial=0)
     assert world.scaler.woken(world.plan, "rev-9", world.now_s)
