@@ -1,4 +1,4 @@
-"""Images and containers: sizes, build times cold and after a change of the code, 0 to 1 and a request, against processes.
+"""Images and containers: sizes, build times cold and after a change, 0 to 1 and a warm request, against processes.
 
     python benchmarks/containers.py [--rounds 5] [--json FILE]
 
@@ -23,6 +23,7 @@ from mlfuncs.loading import load_target
 from mlfuncs.settings import read_settings
 
 SOURCE = """
+import mlfuncs as ml
 
 @ml.function(requirements=["numpy>=1.26", "scikit-learn>=1.5"], scale=ml.Scale(min=0, max=1, window_s=1, grace_s=0))
 def predict(x: list[float]) -> float:

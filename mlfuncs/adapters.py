@@ -17,6 +17,7 @@ ADAPTERS: dict[str, tuple[str, str]] = {
     "target:knative": ("mlfuncs_runtime.kubernetes_target:KnativeTarget", "kubernetes"),
     "target:kubernetes": ("mlfuncs_runtime.kubernetes_target:KubernetesTarget", "kubernetes"),
     "target:nuclio": ("mlfuncs_runtime.nuclio_target:NuclioTarget", "nuclio"),
+    "runs:docker": ("mlfuncs_runtime.docker_job:job_command", "docker"),
     "images:build": ("mlfuncs_runtime.rendering:build_image", "docker"),
     "images:context": ("mlfuncs_runtime.rendering:build_context", ""),
     "manifests:render": ("mlfuncs_runtime.rendering:render", ""),
@@ -27,6 +28,7 @@ ADAPTERS: dict[str, tuple[str, str]] = {
     "cli:pipeline": ("mlfuncs_pipelines.cli:pipeline", "pipelines"),
     "cli:features": ("mlfuncs_featurestore.cli:features", "featurestore"),
     "features:reader": ("mlfuncs_featurestore.serving:FeatureReader", "featurestore"),
+    "features:stop": ("mlfuncs_featurestore.redis_embedded:stop_embedded", "featurestore"),
 }
 
 # public name of the facade -> "package.module:attribute" and its extra

@@ -46,25 +46,39 @@ class Packed:
     spec: FunctionSpec
     settings: Settings
     timeout_s: float | None
+    command: tuple[str, ...] = ()  # what is started instead of that interpreter, e.g. a container's stand-in
 
 
-def pack_function(function: Function[Any, Any], settings: Settings, timeout_s: float | None) -> Packed:
-    """Bundle the function and make its environment ready. Raises BundleError or EnvironmentFailed."""
+def pack_function(
+    function: Function[Any, Any], settings: Settings, timeout_s: float | None, target: str = "process"
+) -> Packed:
+    """Bundle the function and make its environment or image ready. Raises BundleError or EnvironmentFailed."""
+    from mlfuncs import adapters
     from mlfuncs.bundle import build_bundle
     from mlfuncs.environment import environment_for
 
     bundle = build_bundle(function.target, function.spec, settings)
-    python = environment_for(bundle.manifest.lock, settings)
+    command: tuple[str, ...] = ()
+    python: str | Path = sys.executable
+    if target == "process":
+        python = environment_for(bundle.manifest.lock, settings)
+    else:
+        command = tuple(adapters.load(f"runs:{target}")(bundle.digest, function.spec, settings))
     if timeout_s is None and function.spec.timeout_s != _SPEC_TIMEOUT_S:
         timeout_s = function.spec.timeout_s
-    return Packed(bundle, folder_of(function.target), str(python), function.spec, settings, timeout_s)
+    return Packed(bundle, folder_of(function.target), str(python), function.spec, settings, timeout_s, command)
 
 
 def start_isolated(
-    function: Function[Any, Any], arguments: Arguments, place: Place, settings: Settings, timeout_s: float | None
+    function: Function[Any, Any],
+    arguments: Arguments,
+    place: Place,
+    settings: Settings,
+    timeout_s: float | None,
+    target: str = "process",
 ) -> tuple[Started, Supervision]:
-    """Begin a run in a child of its own and return at once."""
-    packed = pack_function(function, settings, timeout_s)
+    """Begin a run in a child of its own, a process or a container, and return at once."""
+    packed = pack_function(function, settings, timeout_s, target)
     started = begin_isolated(function, packed, arguments, place)
     supervision = Supervision(lambda cancelled: _run_alone(packed, started, arguments, cancelled))
     return started, supervision
@@ -191,7 +205,7 @@ def _run_alone(packed: Packed, started: Started, arguments: Arguments, cancelled
     def next_child() -> Child:
         for old in child:
             old.close()
-        child[:] = [Child(packed.python, child_environ(packed), show)]
+        child[:] = [Child(packed.python, child_environ(packed), show, packed.command)]
         return child[0]
 
     try:

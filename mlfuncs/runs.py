@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from mlfuncs.decorator import Function
     from mlfuncs.isolation import Supervision
 
-Isolation = Literal["inline", "process"]
+Isolation = Literal["inline", "process", "docker"]
 
 
 def run(
@@ -41,6 +41,7 @@ def run(
 ) -> Run:
     """Execute `function` with `params` as a tracked run; `isolation` "process" gives it an interpreter of its own.
 
+    "docker" runs that interpreter in a container of this machine, from an image of the function.
     An isolated run has the function's own environment, its spec's `retries`, and a time limit: `timeout_s`, else the
     spec's when one was set (the default of 60 s is meant for requests). With `wait` False it returns at once.
     Raises RunFailed when the function raises, InvalidInput for arguments that do not fit, SpecError for options that
@@ -62,18 +63,18 @@ def run_function(
     """Like `run`, with positional arguments, and `place` for a run that is part of a pipeline or a sweep."""
     from mlfuncs.decorator import function_of
 
-    if isolation not in ("inline", "process"):
-        raise SpecError(f"isolation is 'inline' or 'process', not {isolation!r}")
+    if isolation not in ("inline", "process", "docker"):
+        raise SpecError(f"isolation is 'inline', 'process' or 'docker', not {isolation!r}")
     if isolation == "inline" and (not wait or timeout_s is not None):
         raise SpecError("wait=False and timeout_s need a process of the run's own: add isolation='process'")
     wrapped = function_of(function)
     settings = read_settings()
     arguments = check_arguments(wrapped, args, kwargs or {}, settings)
     place = replace(place or Place(), isolation=isolation)
-    if isolation == "process":
+    if isolation != "inline":
         from mlfuncs.isolation import start_isolated
 
-        started, supervision = start_isolated(wrapped, arguments, place, settings, timeout_s)
+        started, supervision = start_isolated(wrapped, arguments, place, settings, timeout_s, isolation)
         result = Run(started.row, started.registry, settings, supervision)
         return _finished(supervision, result) if wait else result
     return _run_inline(wrapped, arguments, place, settings)

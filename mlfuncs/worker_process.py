@@ -10,7 +10,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 END_OF_OUTPUT = "\0mlfuncs-end\0"  # the child prints it after a run; it is never shown
@@ -25,9 +25,15 @@ class ChildDied(Exception):
 class Child:
     """One child interpreter. One run at a time: `start`, then `wait` until it is True."""
 
-    def __init__(self, python: str, environ: Mapping[str, str], show: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        python: str,
+        environ: Mapping[str, str],
+        show: Callable[[str], None] | None = None,
+        command: Sequence[str] = (),
+    ) -> None:
         answers, answer_to = os.pipe()
-        command = [python, "-P", "-m", "mlfuncs.run_child", str(answer_to)]
+        command = [*(command or (python, "-P", "-m", "mlfuncs.run_child")), str(answer_to)]
         try:
             self._process = subprocess.Popen(
                 command,

@@ -2,6 +2,7 @@
 
     python -m mlfuncs_runtime.container              serve the function of this image on port 8080
     python -m mlfuncs_runtime.container --replica    serve on a Unix socket, as the first line of standard input says
+    python -m mlfuncs_runtime.container --job        execute runs that come in on standard input, answer on descriptor 2
     python -m mlfuncs_runtime.container --check      0 when the function answers health checks (HEALTHCHECK)
 
 The first process of a container inherits every orphan and gets the signals of `docker stop`: ours passes signals on,
@@ -38,11 +39,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     if child == 0:
         os.close(reader)
         os.close(writer)
+        if arguments == ["--job"]:
+            return run_job()
         _close_input()
         from mlfuncs_runtime.container_worker import run_worker
 
         return run_worker(order)
     return mind(child, reader, writer, lifeline=order is not None)
+
+
+def run_job() -> int:
+    """Execute tasks as an isolated run's interpreter does; what runs print, on either descriptor, is output."""
+    answers = os.dup(2)
+    os.dup2(1, 2)
+    sys.argv[1:] = [str(answers)]
+    from mlfuncs.run_child import main as run_child
+
+    run_child()
+    return 0
 
 
 def mind(child: int, reader: int, writer: int, lifeline: bool) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import mlfuncs as ml
-from mlfuncs.errors import DeployFailed, Unavailable
+from mlfuncs.errors import DeployFailed, RunFailed, Unavailable
 from mlfuncs.loading import load_target
 from mlfuncs.settings import Settings, read_settings
 from mlfuncs_runtime.docker_engine import DockerEngine
@@ -154,3 +154,27 @@ def test_without_an_engine_the_deploy_says_how_to_get_one(functions, monkeypatch
     monkeypatch.setenv("DOCKER_HOST", "tcp://10.0.0.1:2375")
     with pytest.raises(Unavailable, match="engine of this machine"):
         functions("broken").deploy(target="docker")
+
+
+def test_a_run_in_a_container_is_a_run_like_any_other(home, monkeypatch, engine, base):
+    monkeypatch.setenv("MLFUNCS_BASE_IMAGE", base)
+
+    @ml.function(requirements=[])
+    def measure(x: int) -> dict[str, int]:
+        print("measuring", x)
+        ml.log_metric("twice", 2.0 * x)
+        if x < 0:
+            raise ValueError("x is negative")
+        if x == 99:
+            time.sleep(60)
+        return {"inside": int(os.path.exists("/opt/function")), "x": x}
+
+    run = ml.run(measure, {"x": 3}, isolation="docker")
+    assert (run.status, run.outputs["output"], run.metrics["twice"]) == ("succeeded", {"inside": 1, "x": 3}, 6.0)
+    assert "measuring 3" in str(run.logs)
+    with pytest.raises(RunFailed, match="ValueError: x is negative"):
+        ml.run(measure, {"x": -1}, isolation="docker")
+    with pytest.raises(RunFailed, match="longer than 4 s"):
+        ml.run(measure, {"x": 99}, isolation="docker", timeout_s=4)
+    assert until(lambda: not own_containers(engine))
+    subprocess.run("docker images -q 'mlfuncs/test-*' | xargs -r docker rmi -f", shell=True, capture_output=True)
