@@ -126,6 +126,13 @@ class Endpoint:
         content = client.encode(body)
         try:
             return client.invoke(self.url, content, token=self._token, timeout_s=timeout_s)
+        except NotFound as exc:
+            if not os.environ.get(CALL_URL) and not self._row().desired.get("traffic"):
+                raise Unavailable(
+                    f"endpoint {self.name!r} has no revision that serves: its deploy failed or is under way; see "
+                    f"'mlfuncs status' and 'mlfuncs logs {self.name}', and deploy again"
+                ) from exc
+            raise
         except Unavailable as exc:
             if exc.retry_after_s or os.environ.get(CALL_URL):  # it may have been read, or is not ours to start
                 raise
@@ -203,7 +210,9 @@ class Endpoint:
         def remove(tokens: list[dict[str, Any]]) -> list[dict[str, Any]]:
             kept = [known for known in tokens if known["sha256"] != digest] if digest else tokens[1:]
             if len(kept) == len(tokens):
-                raise NotFound("token of endpoint", self.name)
+                raise NotFound(
+                    f"token of endpoint {self.name!r}", "***", hint="(revoked before, or never given)"
+                )
             return kept
 
         self._change_tokens(remove)

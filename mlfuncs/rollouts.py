@@ -14,6 +14,11 @@ from mlfuncs.errors import Conflict, NotFound, SpecError
 
 Desired = dict[str, Any]
 
+REPLACED = (
+    "another deploy or change of its traffic came in between and was carried out instead; 'mlfuncs status' shows what "
+    "serves, and the same command again makes this one the last"
+)
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -74,7 +79,7 @@ def outcome_of(desired: Mapping[str, Any], rollout_id: str) -> Outcome:
     outcome = desired.get("outcome") or {}
     if outcome.get("id") == rollout_id:
         return Outcome(outcome["state"], outcome["message"])
-    return Outcome("replaced", "another change of the endpoint's traffic came in between")
+    return Outcome("replaced", REPLACED)
 
 
 def rollback_traffic(desired: Mapping[str, Any], endpoint: str) -> dict[str, int]:

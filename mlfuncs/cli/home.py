@@ -11,6 +11,7 @@ from mlfuncs.cli.output import as_json, emit, table
 from mlfuncs.settings import read_settings
 
 _COLUMNS = ("name", "state", "revision", "traffic", "replicas", "queued", "rps", "p50 ms", "p99 ms", "panic", "message")
+_SELDOM = ("queued", "rps", "p50 ms", "p99 ms", "panic", "message")  # left out while no endpoint has any
 
 
 @click.command()
@@ -84,7 +85,12 @@ def _text(values: dict[str, Any]) -> str:
     supervisor, router = values["supervisor"], values["router"]
     head = f"supervisor {supervisor['pid']}, router {router['pid']} at {router['url']}" if supervisor else "not running"
     rows = [_row(endpoint) for endpoint in values["endpoints"]]
-    return f"{head}\n{table(rows, _COLUMNS, 'no endpoints: deploy one with mlfuncs deploy FILE:NAME')}"
+    return f"{head}\n{table(rows, _columns(rows), 'no endpoints: deploy one with mlfuncs deploy FILE:NAME')}"
+
+
+def _columns(rows: list[dict[str, Any]]) -> list[str]:
+    """The columns that say something: a terminal is narrow."""
+    return [name for name in _COLUMNS if name not in _SELDOM or any(row[name] not in ("", None) for row in rows)]
 
 
 def _row(endpoint: dict[str, Any]) -> dict[str, Any]:
@@ -121,7 +127,8 @@ def _watch() -> None:
         values = _overview()
         supervisor, router = values["supervisor"], values["router"]
         head = f"router {router['url']}  supervisor {supervisor['pid']}" if supervisor else "not running: mlfuncs up"
-        endpoints = rich_table([_row(endpoint) for endpoint in values["endpoints"]], _COLUMNS)
+        rows = [_row(endpoint) for endpoint in values["endpoints"]]
+        endpoints = rich_table(rows, _columns(rows))
         replicas = [
             {"endpoint": endpoint["name"], "revision": r["revision"], "replica": r["id"], "pid": r["pid"]}
             | {"state": r["state"]}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlfuncs
 from mlfuncs.errors import InvalidInput, NotFound
+from mlfuncs.rollouts import REPLACED
 from mlfuncs_runtime.overview import endpoint_overview
 from mlfuncs_runtime.plan import EndpointPlan, Verdict, judge
 
@@ -94,6 +95,9 @@ class Orders:
         supervisor = self._supervisor
         values = endpoint_overview(plan, supervisor.books, supervisor.scaler.scaled, time.monotonic())
         load = {**supervisor.scaler.load_of(plan.name), **values["load"]}
+        outcome = supervisor.desired.outcomes.get(plan.name) or {}
+        if values["state"] == "empty" and outcome.get("state") == "failed":
+            values["message"] = outcome["message"]
         return {**values, "load": load, "url": f"{supervisor.router.url}/{plan.name}"}
 
     async def _wait(self, order: dict[str, Any]) -> dict[str, Any]:
@@ -109,7 +113,7 @@ class Orders:
                 return {"state": "pending", "message": self._verdict(plan).message}
             outcome = desired.outcomes.get(name) or {}
             if outcome.get("id") != rollout:
-                return {"state": "replaced", "message": "another change of the endpoint's traffic came in between"}
+                return {"state": "replaced", "message": REPLACED}
             if self._supervisor.passes_done < self._supervisor.settled.get(rollout, 1):
                 return {"state": "pending", "message": "the traffic moves"}  # the router does not know yet
             return {"state": outcome["state"], "message": outcome["message"]}

@@ -214,6 +214,16 @@ def test_nothing_runs_and_that_is_fine(ask: Any, settings: Any):
     assert not settings.home.exists()
 
 
+def test_status_leaves_out_columns_that_say_nothing(ask: Any):
+    ask("deploy", "work.py:plain", "--target", "memory")
+    from mlfuncs.cli.home import _overview, _text
+
+    values = _overview()
+    assert "panic" not in _text(values) and "p99" not in _text(values)
+    values["endpoints"][0]["load"] = {"panicking": True, "p99_ms": 3.0}
+    assert "panic" in _text(values) and "p99" in _text(values)
+
+
 def test_values_on_the_command_line(tmp_path: Path):
     assert parse_assignments(["a=1", "b=x=y", 'c={"d": null}'], "--param") == {"a": 1, "b": "x=y", "c": {"d": None}}
     with pytest.raises(SpecError, match="name=JSON"):

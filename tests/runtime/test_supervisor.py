@@ -19,7 +19,16 @@ import pytest
 
 import mlfuncs as ml
 from mlfuncs.endpoints import Endpoint, deploy, endpoint, list_endpoints
-from mlfuncs.errors import Conflict, DeadlineExceeded, DeployFailed, InvalidInput, MlfuncsError, NotFound, Unauthorized
+from mlfuncs.errors import (
+    Conflict,
+    DeadlineExceeded,
+    DeployFailed,
+    InvalidInput,
+    MlfuncsError,
+    NotFound,
+    Unauthorized,
+    Unavailable,
+)
 from mlfuncs.settings import Settings, read_settings
 from mlfuncs_runtime.places import find_places
 from mlfuncs_runtime.process_target import ProcessTarget
@@ -164,6 +173,15 @@ def test_a_deploy_that_fails_shows_the_log_and_the_old_revision_serves():
     assert served.invoke(1) == 2
     assert served.status().traffic == {"rev-1": 100}
     assert served.status().state == "ready"
+
+
+def test_an_endpoint_whose_first_deploy_failed_says_so_to_callers_and_in_its_status():
+    with pytest.raises(DeployFailed):
+        deploy(Picky, name="never", threshold=-1.0)
+    assert endpoint("never").status().state == "empty"
+    assert "the threshold is below zero" in endpoint("never").status().message
+    with pytest.raises(Unavailable, match=r"no revision that serves.*mlfuncs logs never"):
+        endpoint("never").invoke_json({"x": 1.0})
 
 
 class Picky:
