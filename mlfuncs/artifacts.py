@@ -11,13 +11,14 @@ reader's settings, before anything is unpickled.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import html
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
@@ -143,7 +144,7 @@ class ArtifactStore:
         return self._objects.path(ref.digest)
 
     def _write(self, codec: Any, value: Any, staged: Path) -> ArtifactRef:
-        with staged.open("wb") as file:
+        with _full_disk_said(), staged.open("wb") as file:
             sink = _HashingSink(file)
             metadata = codec.encode(value, sink)
             if codec.signed:
@@ -215,6 +216,19 @@ class _HashingSink:
 
     def hexdigest(self) -> str:
         return self._sha256.hexdigest()
+
+
+@contextlib.contextmanager
+def _full_disk_said() -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        if exc.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
+            raise  # the user's own, from the value that is being written
+        raise StorageError(
+            f"an artifact cannot be written: {exc.strerror or exc}; free some disk space, or set MLFUNCS_HOME or "
+            "MLFUNCS_ARTIFACTS_URL to a place that has room"
+        ) from exc
 
 
 def _type_name(value: Any) -> str:

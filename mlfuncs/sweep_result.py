@@ -31,7 +31,7 @@ class SweepResult:
         """The run with the best objective. Raises NotFound when there is none."""
         number = self._best_number()
         if number is None:
-            why = "no point has succeeded" if self.objective else "give objective='max:<metric>'"
+            why = "no point has a number as its objective" if self.objective else "give objective='max:<metric>'"
             raise NotFound("best run of the sweep", self.run.id, hint=f"({why})")
         return self.runs[number]
 

@@ -33,6 +33,7 @@ class ActiveRun:
         self.open = True
 
 
+_STEPS = 2**63  # what databases take as a whole number
 _current: ContextVar[ActiveRun | None] = ContextVar("mlfuncs_run", default=None)
 _active: dict[str, ActiveRun] = {}
 _lock = threading.Lock()
@@ -47,7 +48,7 @@ def log_metric(name: str, value: SupportsFloat, step: SupportsIndex | None = Non
     run = _require_run("log_metric")
     if type(value) is not float:
         value = _as_float(name, value)
-    if step is not None and type(step) is not int:
+    if step is not None:
         step = _as_step(name, step)
     run.journal.append(METRIC, _as_name("metric", name, run), value, step, time.time())
 
@@ -144,6 +145,9 @@ def _as_float(name: str, value: Any) -> float:
 
 def _as_step(name: str, step: Any) -> int:
     try:
-        return operator.index(step)
+        whole = operator.index(step)
     except TypeError:
         raise InvalidInput(f"the step of metric {name!r} must be a whole number, not {step!r}") from None
+    if not -_STEPS <= whole < _STEPS:
+        raise InvalidInput(f"the step of metric {name!r} must be between -2**63 and 2**63 - 1, not {whole}")
+    return whole

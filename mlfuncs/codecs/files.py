@@ -73,10 +73,11 @@ class FileCodec:
 
     def encode(self, value: Path, sink: BinaryIO) -> dict[str, Any]:
         try:
-            with value.open("rb") as file:
-                shutil.copyfileobj(file, sink, 1 << 20)
+            file = value.open("rb")
         except OSError as exc:
             raise ArtifactError(f"the file {str(value)!r} cannot be read: {exc.strerror}") from exc
+        with file:
+            shutil.copyfileobj(file, sink, 1 << 20)
         return {"name": value.name}
 
     def unpack(self, source: Path, target: Path) -> None:

@@ -10,6 +10,8 @@ import json
 import multiprocessing
 import os
 import pickle
+import resource
+import signal
 import stat
 import warnings
 from pathlib import Path
@@ -25,7 +27,7 @@ from sklearn.linear_model import LogisticRegression
 
 from mlfuncs.artifacts import ArtifactRef, ArtifactStore
 from mlfuncs.codecs import pickled
-from mlfuncs.errors import ArtifactError, InvalidInput, NotFound, UntrustedError
+from mlfuncs.errors import ArtifactError, InvalidInput, NotFound, StorageError, UntrustedError
 from mlfuncs.objects import key_of
 from mlfuncs.results import HTML, ClassificationMetrics, FigureImage, Markdown, Metrics
 from mlfuncs.settings import Settings
@@ -349,3 +351,19 @@ def test_sixteen_processes_share_a_store(settings: Settings) -> None:
             found = pool.map(_put_and_get, [settings] * 16, chunksize=1)
     assert len({tuple(digests) for digests in found}) == 1
     assert not list((Path(settings.resolved_artifacts_url) / "staging").iterdir())
+
+
+@pytest.mark.parametrize(
+    "value", [np.zeros(100_000), "x" * 100_000, LogisticRegression(C=2), pd.DataFrame({"a": range(99999)})]
+)
+def test_a_full_disk_is_said_and_leaves_nothing(store: ArtifactStore, settings: Settings, value: Any) -> None:
+    store.put("first")
+    before, limits = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(StorageError, match="free some disk space"):
+            store.put(value)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert len([path for path in Path(settings.resolved_artifacts_url).rglob("*") if path.is_file()]) == 1

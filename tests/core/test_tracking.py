@@ -69,6 +69,7 @@ def test_nan_infinity_zero_and_numpy_numbers_are_metrics():
         ("auc", None, None, "must be a number"),
         ("auc", 10**400, None, "must be a number"),
         ("auc", 1.0, 1.5, "step of metric 'auc' must be a whole number"),
+        ("auc", 1.0, 2**63, "step of metric 'auc' must be between"),
         ("", 1.0, None, "name of a metric"),
         (3, 1.0, None, "name of a metric"),
     ],
