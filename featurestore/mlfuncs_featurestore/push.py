@@ -15,6 +15,7 @@ push.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 import uuid
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from mlfuncs.errors import InvalidInput, SpecError, Unavailable
+from mlfuncs.errors import InvalidInput, NotFound, SpecError, Unavailable
 from mlfuncs_featurestore import delta_tables as delta
 from mlfuncs_featurestore import quality
 from mlfuncs_featurestore.checkpoints import reached
@@ -154,8 +155,10 @@ def flush(store: FeatureStore, view: str | None = None) -> dict[str, int]:
 
 def flush_waiting(store: FeatureStore) -> None:
     """Flush before history is read; costs a look at one folder when nothing waits."""
-    if (store.settings.home / "features" / store.settings.project).is_dir():
-        flush(store)
+    folder = store.settings.home / "features" / store.settings.project
+    for one in folder.glob("[!.]*") if folder.is_dir() else ():
+        with contextlib.suppress(NotFound):  # the view was deleted: its rows wait in case it comes back
+            flush(store, one.name)
 
 
 def _flush_view(store: FeatureStore, name: str) -> int:

@@ -32,6 +32,7 @@ from mlfuncs_featurestore import asof_kernels
 from mlfuncs_featurestore.asof import EXPIRED, NOT_FOUND, PRESENT, replaced_at
 from mlfuncs_featurestore.definitions import FeatureView
 from mlfuncs_featurestore.online_rows import to_arrow
+from mlfuncs_featurestore.row_columns import _NUMPY
 from mlfuncs_featurestore.rows import DELETED, HEADER, RowCodec
 from mlfuncs_featurestore.window_kernels import LAST, ends
 from mlfuncs_featurestore.windows import FOREVER, Events, Moments, aggregate
@@ -72,8 +73,6 @@ def read_value(value: bytes) -> tuple[int, list[bytes]]:
         raise InvalidInput("a stored event value is not of a known form; materialize the view again")
     horizon: int = STATE.unpack_from(value)[1]
     rows, position, end = [], STATE.size, len(value)
-    if (size := _one_length(value)) is not None:
-        return horizon, [value[start : start + size] for start in range(position + 4, end, size + 4)]
     while position < end:
         (length,) = _LENGTH.unpack_from(value, position)
         position += 4 + length
@@ -83,17 +82,21 @@ def read_value(value: bytes) -> tuple[int, list[bytes]]:
     return horizon, rows
 
 
-def _one_length(value: bytes) -> int | None:
-    """The length of every row in a value, when they are all of one."""
-    if len(value) < STATE.size + 4:
-        return None
-    (size,) = _LENGTH.unpack_from(value, STATE.size)
-    count, rest = divmod(len(value) - STATE.size, size + 4)
-    if rest:
-        return None
-    records = np.frombuffer(value, np.uint8, offset=STATE.size).reshape(count, size + 4)
-    same = (np.ascontiguousarray(records[:, :4]).view("<u4") == size).all()
-    return int(size) if same else None
+def _stack(codec: RowCodec, values: Sequence[bytes | None]) -> tuple[list[int], np.ndarray] | None:
+    """The values' rows as one array of bytes and how many each has; None unless all are of this codec's fixed size."""
+    size = codec.fixed_size
+    parts, counts = [], []
+    for value in values:
+        count, rest = (0, 0) if value is None else divmod(len(value) - STATE.size, size + 4)
+        counts.append(count)
+        if value is None:
+            continue
+        if rest or value[:4] != MAGIC:
+            return None
+        parts.append(np.frombuffer(value, np.uint8, offset=STATE.size).reshape(count, size + 4))
+    whole = np.concatenate(parts) if parts else np.empty((0, size + 4), np.uint8)
+    wanted = np.frombuffer(_LENGTH.pack(size) + codec.layout.to_bytes(4, "little"), np.uint8)
+    return (counts, whole[:, 4:]) if (whole[:, :8] == wanted).all() else None
 
 
 class EntityEvents:
@@ -101,26 +104,41 @@ class EntityEvents:
 
     def __init__(self, view: FeatureView, codec: RowCodec, values: Sequence[bytes | None], aware: bool = True) -> None:
         self.view, self.codec, self.count = view, codec, len(values)
-        parsed = [(NEVER, []) if value is None else read_value(value) for value in values]
-        self.horizon = np.array([horizon for horizon, _ in parsed], np.int64)
-        rows = [row for _, mine in parsed for row in mine]
-        ids = np.repeat(np.arange(self.count), [len(mine) for _, mine in parsed]).astype(np.int64)
-        head = np.frombuffer(b"".join([row[: HEADER.size] for row in rows]), np.dtype("<u4,<i8,<i8,<i8,u1"))
+        self.horizon = np.array([NEVER if one is None else STATE.unpack_from(one)[1] for one in values], np.int64)
+        stacked = _stack(codec, values)
+        if stacked is None:
+            parsed = [[] if value is None else read_value(value)[1] for value in values]
+            counts, rows = [len(mine) for mine in parsed], [row for mine in parsed for row in mine]
+            heads = b"".join([row[: HEADER.size] for row in rows])
+        else:
+            counts, matrix = stacked
+            heads = np.ascontiguousarray(matrix[:, : HEADER.size]).tobytes()
+        ids = np.repeat(np.arange(self.count), counts).astype(np.int64)
+        head = np.frombuffer(heads, np.dtype("<u4,<i8,<i8,<i8,u1"))
         event, created, sequence = (np.ascontiguousarray(head[name]) for name in ("f1", "f2", "f3"))
         order, _ = asof_kernels.group_events(ids, self.count, event, created, sequence)
         order = _without_repeats(order, ids, event, created, sequence)
         self.ids, self.event_us = ids[order], event[order]
         self.created_us, self.sequence = created[order], sequence[order]
         self.deleted = (head["f4"][order] & DELETED) != 0
-        self.rows = [rows[place] for place in order.tolist()]
+        self._matrix = None if stacked is None else matrix[order]
+        if stacked is None:
+            self.rows = [rows[place] for place in order.tolist()]
         self.starts = np.searchsorted(self.ids, np.arange(self.count + 1)).astype(np.int64)
         self._aware = aware and bool(view.created_timestamp)
+
+    @cached_property
+    def rows(self) -> list[bytes]:
+        """The packed rows, in order; cut from the matrix when they are first needed."""
+        assert self._matrix is not None
+        whole, size = self._matrix.tobytes(), self.codec.fixed_size
+        return [whole[start : start + size] for start in range(0, len(whole), size)]
 
     @cached_property
     def grouped(self) -> Events:
         """As the window kernels take them: when each event counts from and until (see `asof`)."""
         known = np.maximum(self.event_us, self.created_us) if self._aware else self.event_us
-        until = np.full(len(self.rows), FOREVER)
+        until = np.full(len(self.ids), FOREVER)
         if self.view.event_id:
             written = self.created_us if self.view.created_timestamp else np.zeros_like(self.created_us)
             versions = (self.ids, self._codes(), written, self.sequence)
@@ -135,6 +153,11 @@ class EntityEvents:
         return array.dictionary_encode().indices.fill_null(-1).to_numpy(zero_copy_only=False)
 
     def _column(self, name: str, with_deleted: bool = False) -> pa.Array:
+        kind, slot = self.view.fields[name], self.codec.slots[name]
+        if self._matrix is not None and kind.kind in _NUMPY:
+            states = (self._matrix[:, HEADER.size + slot.index // 4] >> (2 * (slot.index % 4))) & 3
+            part = np.ascontiguousarray(self._matrix[:, slot.position : slot.position + slot.width])
+            return to_arrow(kind, part.view(_NUMPY[kind.kind]).reshape(-1), states)
         rows: Sequence[bytes] = self.rows
         if with_deleted:  # a delete says which event it means: read its row as if it were none
             rows = [row[: HEADER.size - 1] + b"\0" + row[HEADER.size :] for row in rows]
@@ -144,7 +167,7 @@ class EntityEvents:
     def last(self, at_us: int) -> np.ndarray:
         """Per entity, the place of the last event that counts at `at_us`, -1 without one."""
         index = np.empty(self.count, np.int64)
-        events, everything = self.grouped, np.ones(len(self.rows), np.uint8)
+        events, everything = self.grouped, np.ones(len(self.ids), np.uint8)
         base = (events.starts, events.event_us, events.known_us, events.until_us, everything)
         moments = self._moments(at_us)
         ends(*base, moments.starts, moments.at_us, _ALWAYS, LAST, index)
@@ -156,7 +179,7 @@ class EntityEvents:
     def evaluate(self, features: Sequence[str], at_us: int) -> Evaluated:
         """Stored and computed `features` of every entity as of `at_us`."""
         view, last = self.view, self.last(at_us)
-        event_us = self.event_us[last] if len(self.rows) else np.zeros(self.count, np.int64)
+        event_us = self.event_us[last] if len(self.ids) else np.zeros(self.count, np.int64)
         status = np.where(last < 0, NOT_FOUND, PRESENT).astype(np.uint8)
         if view.ttl_us is not None:
             status[(last >= 0) & (event_us < at_us - view.ttl_us)] = EXPIRED

@@ -26,7 +26,7 @@ def up(json_wanted: bool) -> None:
 @as_json
 def down(json_wanted: bool) -> None:
     """Stop everything of this home. The registry, runs and logs stay; `up` brings the endpoints back."""
-    stopped = _target().stop()
+    stopped = [*_target().stop(), *_stop_redis()]
     emit({"stopped": stopped}, json_wanted, f"stopped {len(stopped)} processes" if stopped else "nothing was running")
 
 
@@ -40,6 +40,16 @@ def status(watch: bool, json_wanted: bool) -> None:
         return
     values = _overview()
     emit(values, json_wanted, lambda: _text(values))
+
+
+def _stop_redis() -> list[int]:
+    """Stop the home's embedded Redis server, where one was started, and give its id; what it holds stays."""
+    from mlfuncs import adapters
+
+    settings = read_settings()
+    noted = settings.home / "redis" / "redis.pid"
+    pid = int(noted.read_text() or 0) if noted.exists() else 0
+    return [pid] if pid and adapters.load("features:stop")(settings) else []
 
 
 def _target() -> Any:
