@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from mlfuncs.cli.output import as_json, emit, table
-from mlfuncs.errors import NotFound
+from mlfuncs.errors import InvalidInput, NotFound
 from mlfuncs.settings import read_settings
 
 _limit = click.option("--limit", default=20, show_default=True, help="How many at most.")
@@ -16,10 +16,13 @@ _limit = click.option("--limit", default=20, show_default=True, help="How many a
 @click.command()
 @click.argument("what", default="endpoints", type=click.Choice(["endpoints", "runs", "functions", "artifacts"]))
 @_limit
+@click.option("--pipeline", help="Of runs: the pipeline's runs and those of its steps alone.")
 @as_json
-def ls(what: str, limit: int, json_wanted: bool) -> None:
+def ls(what: str, limit: int, pipeline: str | None, json_wanted: bool) -> None:
     """List what the project has: endpoints, runs, functions or artifacts; the newest first."""
-    rows, columns = _READERS[what](limit)
+    if pipeline is not None and what != "runs":
+        raise InvalidInput(f"--pipeline chooses among runs; write 'mlfuncs ls runs --pipeline {pipeline}'")
+    rows, columns = _runs(limit, pipeline) if what == "runs" else _READERS[what](limit)
     emit({what: rows}, json_wanted, lambda: table([_shown(row) for row in rows], columns, f"no {what} yet"))
 
 
@@ -77,7 +80,7 @@ def _endpoints(limit: int) -> Rows:
     return [{key: endpoint[key] for key in columns} for endpoint in _overview()["endpoints"][:limit]], columns
 
 
-def _runs(limit: int) -> Rows:
+def _runs(limit: int, pipeline: str | None = None) -> Rows:
     from mlfuncs.display import format_time
     from mlfuncs.runs import list_runs
 
@@ -91,7 +94,7 @@ def _runs(limit: int) -> Rows:
             "params": run.params,
             "metrics": run.metrics,
         }
-        for run in list_runs(limit=limit)
+        for run in list_runs(pipeline=pipeline, limit=limit)
     ]
     return rows, ("id", "function", "status", "started", "duration_s", "params", "metrics")
 
