@@ -166,7 +166,7 @@ def read_text(path: Path) -> str:
             raise SpecError(f"{path} has {path.stat().st_size} bytes; a pipeline file may have {MAX_BYTES} (32 MiB)")
         return path.read_text(encoding="utf-8")
     except (FileNotFoundError, IsADirectoryError):
-        raise NotFound("pipeline file", str(path), hint="give the path of a compiled .yaml file") from None
+        raise NotFound("pipeline file", str(path), hint="; give the path of a compiled .yaml file") from None
     except (UnicodeDecodeError, OSError) as exc:
         raise SpecError(f"{path} cannot be read as UTF-8 text: {exc}") from exc
 

@@ -10,6 +10,7 @@ from typing import Any
 from mlfuncs_pipelines.ir_schema import MESSAGES, ONE_OF
 
 _DURATION = re.compile(r"\d+(\.\d+)?s")
+_INTEGER = re.compile(r"-?[0-9]+")
 _SCALARS: dict[str, tuple[type, ...]] = {
     "string": (str,),
     "boolean": (bool,),
@@ -56,9 +57,18 @@ def canonical(value: Any, kind: str, place: str, problems: list[Problem]) -> Any
     elif kind == "duration":
         if not isinstance(value, str) or not _DURATION.fullmatch(value):
             problems.append(Problem(place, f"{value!r} is not a duration", "write it like 30s"))
+    elif kind == "integer" and not _is_integer(value):
+        problems.append(Problem(place, f"{_short(value)} is not a whole number", "give a whole number"))
     elif kind != "any" and (not isinstance(value, _SCALARS[kind]) or (kind != "boolean" and isinstance(value, bool))):
         problems.append(Problem(place, f"{_short(value)} is not of type {kind}", f"give a {kind}"))
     return value
+
+
+def _is_integer(value: Any) -> bool:
+    """Protobuf's JSON writes large integers as text, and takes 3.0 for 3."""
+    if isinstance(value, str):
+        return bool(_INTEGER.fullmatch(value))
+    return not isinstance(value, bool) and (isinstance(value, int) or (isinstance(value, float) and value.is_integer()))
 
 
 def join(place: str, key: str) -> str:

@@ -165,6 +165,8 @@ class _DagCheck:
                 self._add(place, f"{key!r} of {producer.name} is an artifact", "refer to it as an artifact")
             else:
                 mend = _nearest(key, producer.output_parameters, "its output parameters are")
+                if "-loop-item" in key:
+                    mend = "kfp loses a loop's item inside a longer text: give the item to the step as an argument"
                 self._add(place, f"{producer.name} has no output parameter {key!r}", mend)
         return producer.output_parameters.get(key)
 
@@ -312,7 +314,11 @@ def _check_executor(pipeline: Pipeline, component: Component, place: str, proble
         if not container.get("image"):
             problems.append(Problem(f"{where}.container", "the container has no image", "add an image"))
         _check_command(component, where, [*container.get("command", []), *container.get("args", [])], problems)
-    elif "importer" not in executor:
+    elif "importer" in executor:
+        if not executor["importer"].get("artifactUri"):
+            mend = "add artifactUri: a constant, or the runtimeParameter that gives it"
+            problems.append(Problem(f"{where}.importer", "the importer has no URI to import", mend))
+    else:
         kind = next(iter(executor), "nothing")
         mend = "use a container or an importer; resolvers and custom jobs exist on Vertex AI only"
         problems.append(Problem(where, f"an executor with {kind} cannot run", mend))

@@ -113,6 +113,6 @@ def _check_head(spec: dict[str, Any], problems: list[Problem]) -> None:
     if not name:
         mend = "set pipelineInfo.name"
         problems.append(Problem("pipelineInfo.name", "the pipeline has no name", mend, blocks=False))
-    elif not _PIPELINE_NAME.fullmatch(name):
+    elif isinstance(name, str) and not _PIPELINE_NAME.fullmatch(name):
         mend = "use 1 to 128 of a-z, 0-9 and '-', starting with a letter or digit"
         problems.append(Problem("pipelineInfo.name", f"{name!r} is not a pipeline name", mend, blocks=False))

@@ -268,6 +268,18 @@ CASES = {
         "soon",
     ),
     "negative retries": (_put(f"{TASKS}/write/retryPolicy", {"maxRetryCount": -1}), "retryPolicy.maxRetryCount", "-1"),
+    "retries that are no number": (
+        _put(f"{TASKS}/write/retryPolicy", {"maxRetryCount": "x"}),
+        "retryPolicy.maxRetryCount",
+        "whole number",
+    ),
+    "parallelism that is no number": (
+        _put(f"{TASKS}/write/iteratorPolicy", {"parallelismLimit": 1.5}),
+        "iteratorPolicy.parallelismLimit",
+        "whole number",
+    ),
+    "name that is no text": (_put("pipelineInfo/name", 5), "pipelineInfo.name", "string"),
+    "importer of nothing": (_put("deploymentSpec/executors/exec-shell", {"importer": {}}), "importer", "no URI"),
     "text where a list belongs": (_put(f"{TASKS}/read/dependentTasks", "write"), "read.dependentTasks", "list"),
     "final status of no task": (
         _put(f"{TASKS}/final/inputs/parameters/status/taskFinalStatus/producerTask", "gone"),
