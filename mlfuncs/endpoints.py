@@ -210,9 +210,7 @@ class Endpoint:
         def remove(tokens: list[dict[str, Any]]) -> list[dict[str, Any]]:
             kept = [known for known in tokens if known["sha256"] != digest] if digest else tokens[1:]
             if len(kept) == len(tokens):
-                raise NotFound(
-                    f"token of endpoint {self.name!r}", "***", hint="(revoked before, or never given)"
-                )
+                raise NotFound(f"token of endpoint {self.name!r}", "***", hint="(revoked before, or never given)")
             return kept
 
         self._change_tokens(remove)
