@@ -14,15 +14,18 @@ __version__ = "0.1.0"
 # public name -> module of the core that defines it
 _CORE = {
     "Batch": "mlfuncs.spec",
+    "Cron": "mlfuncs.triggers",
     "ClassificationMetrics": "mlfuncs.results",
     "Endpoint": "mlfuncs.endpoints",
     "Function": "mlfuncs.decorator",
     "HTML": "mlfuncs.results",
+    "KafkaTopic": "mlfuncs.triggers",
     "LogUniform": "mlfuncs.search",
     "Markdown": "mlfuncs.results",
     "Metrics": "mlfuncs.results",
     "MlfuncsError": "mlfuncs.errors",
     "Pod": "mlfuncs.spec",
+    "RedisStream": "mlfuncs.triggers",
     "Resources": "mlfuncs.spec",
     "Run": "mlfuncs.runs",
     "Scale": "mlfuncs.spec",
@@ -67,6 +70,9 @@ if TYPE_CHECKING:  # for editors and type checkers; `as` marks a name as exporte
     from mlfuncs.spec import Pod as Pod
     from mlfuncs.spec import Resources as Resources
     from mlfuncs.spec import Scale as Scale
+    from mlfuncs.triggers import Cron as Cron
+    from mlfuncs.triggers import KafkaTopic as KafkaTopic
+    from mlfuncs.triggers import RedisStream as RedisStream
     from mlfuncs.tracking import log_artifact as log_artifact
     from mlfuncs.tracking import log_metric as log_metric
     from mlfuncs.tracking import log_params as log_params

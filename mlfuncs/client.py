@@ -119,6 +119,7 @@ def error_of(title: str, message: str, problem: Mapping[str, Any] | None = None)
     error.args = (message,)
     extras = {"fields": problem.get("errors", []), "near": problem.get("near", []), "kind": "", "name": ""}
     extras |= {"retry_after_s": problem.get("retry_after_s", 1.0), "run_id": "", "extra": ""}
+    extras["answered"] = problem.get("status")  # the HTTP status that came, when one did
     error.__dict__.update(extras)
     return error
 
@@ -150,6 +151,7 @@ def _failure(status: int, content_type: str, body: bytes, retry_after: str | Non
         message += f" [request {problem['request_id']}]"
     if retry_after and retry_after.isdigit():
         problem = {**problem, "retry_after_s": float(retry_after)}
+    problem = {**problem, "status": status}
     return error_of(str(problem["title"]), message, problem)
 
 

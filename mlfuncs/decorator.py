@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mlfuncs.runs import Run
     from mlfuncs.signature import Signature
     from mlfuncs.sweep import SweepResult
+    from mlfuncs.triggers import Trigger
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -153,6 +154,7 @@ def function(
     features: Sequence[str] = (),
     labels: Mapping[str, str] | None = None,
     pod: Pod | None = None,
+    triggers: Sequence[Trigger] = (),
 ) -> Callable[[Callable[P, R]], Function[P, R]]: ...
 def function(target: Any = None, /, **options: Any) -> Any:
     """Make a function or class deployable, runnable and chainable; see the README for the whole of it.

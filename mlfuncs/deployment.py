@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 DEFAULT_WAIT_S = 300.0
 STEPS = ("building the bundle", "preparing the environment", "recording the revision", "starting it")
-_OVERRIDES = ("scale", "batch", "resources", "timeout_s", "env", "secrets", "features", "labels")
+_OVERRIDES = ("scale", "batch", "resources", "timeout_s", "env", "secrets", "features", "labels", "triggers")
 _ACCESS = ("rate_per_s", "burst", "cors_origins")
 _LIMITS = ("queue_size", "queue_bytes", "body_bytes")
 _STICKY = ("sticky_header", "sticky_cookie")
@@ -62,6 +62,8 @@ def read_options(function: Function[Any, Any], name: str | None, target: str, gi
         raise SpecError(f"the constructor of {function.spec.name!r} needs {missing[0]!r}: deploy({example})")
     _check_init(function, init_names, init)
     changes = {key: rest[key] for key in _OVERRIDES if key in rest}
+    if function.with_options(**changes).spec.triggers and target not in ("process", "docker"):
+        raise SpecError(f"triggers are run by a home's supervisor, not on target {target!r}: leave them out there")
     share = rest.get("traffic", 100)
     if not isinstance(share, int) or isinstance(share, bool) or not 0 <= share <= 100:
         raise SpecError(f"traffic is the new revision's percentage, a whole number from 0 to 100, not {share!r}")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mlfuncs.errors import SpecError
+from mlfuncs.triggers import Trigger, check_triggers, trigger_from_dict, trigger_to_dict
 
 _QUANTITY = re.compile(r"(\d+(?:\.\d+)?)(Ki|Mi|Gi|Ti|k|M|G|T|)")
 _FACTORS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
@@ -161,6 +162,7 @@ class FunctionSpec:
     features: tuple[str, ...] = ()  # online features the handler receives; the caller sends entity keys
     labels: Mapping[str, str] = field(default_factory=dict)
     pod: Pod = field(default_factory=Pod)
+    triggers: tuple[Trigger, ...] = ()  # what calls the endpoint besides HTTP
 
     def __post_init__(self) -> None:
         check_name("function", self.name)
@@ -185,14 +187,22 @@ class FunctionSpec:
         """Copies of what was given, as the declared types: a change to the caller's list or dict does not reach in."""
         for key in ("secrets", "features"):
             object.__setattr__(self, key, tuple(getattr(self, key)))
+        object.__setattr__(self, "triggers", check_triggers(self.triggers))
         for key in ("env", "labels"):
             object.__setattr__(self, key, dict(getattr(self, key)))
         if self.requirements is not None:
             object.__setattr__(self, "requirements", tuple(self.requirements))
 
     def to_dict(self) -> dict[str, Any]:
-        """The spec as JSON-ready values; `from_dict` gives an equal spec back."""
-        return dataclasses.asdict(self) | {
+        """The spec as JSON-ready values; `from_dict` gives an equal spec back.
+
+        Without triggers there is no such key: the digests of functions that have none do not depend on it.
+        """
+        values = dataclasses.asdict(dataclasses.replace(self, triggers=()))
+        del values["triggers"]
+        if self.triggers:
+            values["triggers"] = [trigger_to_dict(trigger) for trigger in self.triggers]
+        return values | {
             "requirements": None if self.requirements is None else list(self.requirements),
             "env": dict(self.env),
             "secrets": list(self.secrets),
@@ -224,6 +234,7 @@ class FunctionSpec:
                 "env": dict(values.get("env") or {}),
                 "labels": dict(values.get("labels") or {}),
                 "pod": Pod(**values.get("pod") or {}),
+                "triggers": tuple(trigger_from_dict(trigger) for trigger in values.get("triggers") or ()),
             }
         )
 
