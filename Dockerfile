@@ -15,9 +15,9 @@ RUN ["python", "-m", "venv", "/opt/mlfuncs"]
 WORKDIR /src
 # certificates.pem is there when the building machine has authorities of its own; it stays in this stage.
 COPY pyproject.toml certificates.pe[m] ./
-# Its own packages are copied beside the dependencies, so that a change of them downloads nothing. uv is for machines that
-# build environments, which containers never do.
-RUN ["python", "-c", "import os, pathlib, tomllib; project = tomllib.load(open('pyproject.toml', 'rb'))['project']; extras = os.environ.get('EXTRAS', '').split(); optional = [line for extra in extras for name in [extra, *(['tables'] if extra == 'featurestore' else [])] for line in project['optional-dependencies'][name] if not line.startswith('mlfuncs')]; lines = project['dependencies'] + optional; pathlib.Path('/home-of-mlfuncs').mkdir(); pathlib.Path('core.txt').write_text('\\n'.join(line for line in lines if not line.startswith('uv>'))); next(pathlib.Path('/opt/mlfuncs/lib').glob('python*/site-packages')).joinpath('mlfuncs.pth').write_text('\\n'.join(f'/opt/mlfuncs/src{part}' for part in ('', '/runtime', '/pipelines', '/featurestore')))"]
+# Its own packages are copied beside the dependencies, so that a change of them downloads nothing.
+COPY runtime/mlfuncs_runtime/images/prepare.py ./
+RUN python prepare.py pyproject.toml core.txt "$EXTRAS"
 RUN ["/opt/mlfuncs/bin/python", "-m", "pip", "install", "--no-cache-dir", "--disable-pip-version-check", "--quiet", "-r", "core.txt"]
 RUN ["/opt/mlfuncs/bin/python", "-m", "pip", "uninstall", "--quiet", "--yes", "setuptools", "pip"]
 COPY pyproject.toml LICENSE /opt/mlfuncs/src/

@@ -10,6 +10,7 @@ import sys
 import tarfile
 import textwrap
 import time
+import tomllib
 import urllib.request
 from pathlib import Path
 
@@ -190,6 +191,16 @@ def test_an_engine_without_the_base_gets_all_layers(functions, settings, require
     assert set(layers) == set(base.diff_ids)
     builder._load(image, [f"mlfuncs/test-full-{os.getpid()}:1"], layers, folder)
     subprocess.run(["docker", "rmi", f"mlfuncs/test-full-{os.getpid()}:1"], capture_output=True, check=True)
+
+
+def test_the_base_has_what_serving_needs_and_the_extras_asked_for():
+    from mlfuncs_runtime.images.prepare import requirements
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    core = requirements(project, [])
+    assert any(line.startswith("uvicorn") for line in core) and not any(line.startswith("uv>") for line in core)
+    more = requirements(project, ["featurestore", "postgres"])
+    assert {"psycopg", "deltalake", "pyarrow"} <= {line.partition(">")[0].partition("[")[0] for line in more}
 
 
 def test_the_first_process_reaps_passes_signals_on_and_ends_with_the_workers_status(tmp_path):

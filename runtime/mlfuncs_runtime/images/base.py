@@ -14,7 +14,7 @@ from mlfuncs.own import package_folders
 from mlfuncs.settings import Settings
 from mlfuncs_runtime.images.layers import Entry
 
-FILES = ("Dockerfile", "pyproject.toml", "README.md", "LICENSE")
+FILES = ("Dockerfile", "pyproject.toml", "LICENSE")
 FOLDERS = ("mlfuncs", "runtime", "pipelines", "featurestore")
 _PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
 _CERTIFICATES = ("PIP_CERT", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
