@@ -165,6 +165,7 @@ class _Run:
             cursor.done.append(file.path)
             self._note(cursor)
         since = cursor.version
+        self.store.online.rows.link.settle()
         reached("materialize:sent")
         self._note(Cursor(identity, form_of(self.view), version, [], waiting))
         return ViewMaterialized(name, self.rows, since, version, self.files, self.future_rows)

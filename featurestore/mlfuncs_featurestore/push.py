@@ -98,6 +98,7 @@ def push(
         return PushReport(view, push_id, 0, repeated=True)
     try:
         online.write(definition, logged.rows, at_us)
+        online.rows.link.settle()
     except Unavailable as exc:
         raise Unavailable(
             f"push {logged.push_id!r} to {view!r} is logged but not acknowledged: {exc}. It is completed when Redis "

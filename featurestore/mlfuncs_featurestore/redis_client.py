@@ -129,6 +129,13 @@ class RedisLink:
 
         ensure_embedded(self.settings)
 
+    def settle(self) -> None:
+        """Have what was written so far on disk, where that is in our hands: on the embedded server."""
+        if self.is_embedded:
+            from mlfuncs_featurestore.redis_embedded import sync_embedded
+
+            sync_embedded(self.settings)
+
     def fault(self, exc: redis.RedisError) -> Unavailable:
         """The error to raise for a fault of Redis."""
         if isinstance(exc, redis.TimeoutError):

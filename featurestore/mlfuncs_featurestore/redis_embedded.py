@@ -57,6 +57,18 @@ def stop_embedded(settings: Settings) -> bool:
     return True
 
 
+def sync_embedded(settings: Settings) -> None:
+    """Have everything that the home's Redis server has answered on disk: an fsync of its file from outside."""
+    folder = _folder(settings)
+    for path in (folder / "appendonly.aof", *folder.glob("appendonlydir/*.aof")):  # Redis 6; Redis 7
+        with contextlib.suppress(FileNotFoundError):
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+
 def socket_path(settings: Settings) -> str:
     """Where the server listens: in the home, or for a long home under the temporary directory, by its hash."""
     path = str(_folder(settings) / "redis.sock")
@@ -157,9 +169,10 @@ def _waits(path: str, pid: int, process: subprocess.Popen[bytes] | None = None) 
 
 
 def _config(folder: Path, path: str) -> str:
-    """No TCP port, the owner only; every command is on disk before it is answered.
+    """No TCP port, the owner only; every command is in the append-only file before it is answered.
 
-    "everysec" is faster, but puts writing off while an fsync is under way: a killed server then lost answered writes.
+    Redis leaves the fsync to `sync_embedded`: "everysec" puts even the writing off while an fsync is under way, so that
+    a killed server lost answered writes (seen in a test), and "always" is four times slower on bulk writes (measured).
     """
     return "\n".join(
         [
@@ -169,7 +182,7 @@ def _config(folder: Path, path: str) -> str:
             f'dir "{folder}"',
             "daemonize no",
             "appendonly yes",
-            "appendfsync always",
+            "appendfsync no",
             'save ""',
             "maxmemory-policy noeviction",
             "",
