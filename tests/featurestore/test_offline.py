@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
-import multiprocessing
+import os
+import subprocess
+import sys
 import uuid
 
 import numpy as np
@@ -164,22 +166,49 @@ def _parquet_files(uri):
     return pathlib.Path(uri).rglob("*.parquet")
 
 
-def _append(home, worker, count):
-    store = FeatureStore(Settings(home=home, project="shop"))
-    for index in range(count):
-        store.ingest("spend", frame(5, start=1000 * worker + 10 * index), now=NOW)
+# Eight forks of a process that has imported and loaded everything but has opened no table (deltalake's threads would
+# not survive the fork); each appends four times.
+WRITERS = """
+import os, sys
+from pathlib import Path
+
+sys.path.insert(0, sys.argv[2])
+import deltalake
+import mlfuncs.progress, mlfuncs_featurestore.catalog, mlfuncs_featurestore.ingest
+import test_offline as t
+from mlfuncs_featurestore import offline, profile
+
+rows = t.pa.Table.from_pandas(t.frame(1), preserve_index=False)
+profile.Profile(["amount", "merchant"]).add(rows)
+offline.bucket_of(t.spend(), rows)
+
+def append(worker):
+    store = t.FeatureStore(t.Settings(home=Path(sys.argv[1]), project="shop"))
+    for index in range(4):
+        store.ingest("spend", t.frame(5, start=1000 * worker + 10 * index), now=t.NOW)
+
+children = []
+for worker in range(8):
+    child = os.fork()
+    if child == 0:
+        try:
+            append(worker)
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    children.append(child)
+sys.exit(sum(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
+"""
 
 
 def test_eight_processes_append_to_one_table_and_no_row_is_lost(store, tmp_path):
     store.apply(spend(buckets=1))
-    context = multiprocessing.get_context("forkserver")  # imports once, in a process that never opened a table
-    context.set_forkserver_preload(["mlfuncs_featurestore.ingest", "mlfuncs_featurestore.hash_kernels", __name__])
-    workers = [context.Process(target=_append, args=(tmp_path, worker, 4)) for worker in range(8)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(120)
-        assert worker.exitcode == 0
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, "-W", "ignore", "-c", WRITERS, str(tmp_path), os.path.dirname(__file__)]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
     rows = stored(store, spend(buckets=1))
     expected = {1000 * w + 10 * i + j for w in range(8) for i in range(4) for j in range(5)}
     assert rows.num_rows == 160 and set(rows["user_id"].to_pylist()) == expected
