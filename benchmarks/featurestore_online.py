@@ -25,7 +25,7 @@ from typing import Any
 
 FEATURES = 20
 WRITE_ROWS = 200_000
-FEAST = ["feast[redis]>=0.40", "setuptools<81"]
+FEAST = ["feast[redis]>=0.40", "redis>=5,<7", "hiredis", "setuptools<81"]
 FEAST_SCRIPT = """
 import datetime, json, sys, time, tempfile, pathlib
 import numpy as np, pandas as pd
@@ -212,7 +212,7 @@ def add_feast(results: dict[str, dict[str, Any]], port: int, options: argparse.N
     """Feast's times beside ours."""
     from peers import peer_python
 
-    python = peer_python("feast", FEAST)
+    python = peer_python("feast-redis", FEAST)
     if python is None:
         return
     run = subprocess.run(
