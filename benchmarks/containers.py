@@ -25,7 +25,7 @@ from mlfuncs.settings import read_settings
 SOURCE = """
 import mlfuncs as ml
 
-@ml.function(requirements=["numpy>=1.26", "scikit-learn>=1.5"], scale=ml.Scale(min=0, max=1, window_s=1, grace_s=0))
+@ml.function(requirements=["numpy>=1.26", "scikit-learn>=1.5"], scale=ml.Scale(min=0, max=1, window_s=4, grace_s=0))
 def predict(x: list[float]) -> float:
     import sklearn.linear_model
     return {factor} * sum(x)
@@ -98,7 +98,7 @@ def starts(folder: Path, rounds: int) -> dict[str, float]:
     warm: dict[str, list[float]] = {target: [] for target in endpoints}
     for _ in range(rounds):
         for target, endpoint in endpoints.items():
-            while endpoint.status().replicas:
+            while any(replica.state in ("starting", "ready", "draining") for replica in endpoint.status().replicas):
                 time.sleep(0.1)
             cold[target].append(timed(lambda endpoint=endpoint: endpoint.invoke(x=[1.0]))[1])
             warm[target].append(
