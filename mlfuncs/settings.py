@@ -55,6 +55,13 @@ class Settings:
         return self.registry_url or f"sqlite:///{self.home / 'registry.db'}"
 
     @property
+    def resolved_base_image(self) -> str:
+        """The image that functions start from: the one set, else the name of the one built from this release."""
+        from mlfuncs import __version__
+
+        return self.base_image or f"mlfuncs/base:{__version__}"
+
+    @property
     def resolved_artifacts_url(self) -> str:
         """The artifact store's fsspec URL with the default filled in."""
         return self.artifacts_url or str(self.home / "artifacts")
@@ -81,7 +88,7 @@ def read_settings(environ: Mapping[str, str] | None = None, cwd: Path | None = N
     Raises SpecError for an unknown key or a value of the wrong kind.
     """
     environ = os.environ if environ is None else environ
-    cwd = Path.cwd() if cwd is None else cwd
+    cwd = _working_directory() if cwd is None else cwd
     names = {field.name: field for field in dataclasses.fields(Settings)}
     values: dict[str, Any] = dict(_project_table(cwd))
     for key, value in environ.items():
@@ -99,6 +106,13 @@ def read_settings(environ: Mapping[str, str] | None = None, cwd: Path | None = N
             "or digit; set MLFUNCS_PROJECT"
         )
     return Settings(home=(cwd / home).absolute(), project=project, **values)
+
+
+def _working_directory() -> Path:
+    try:
+        return Path.cwd()
+    except FileNotFoundError as exc:
+        raise StorageError("the working directory was deleted; change into one that exists") from exc
 
 
 def find_home(cwd: Path, environ: Mapping[str, str]) -> Path:

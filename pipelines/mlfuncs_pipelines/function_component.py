@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ from kfp.dsl import base_component, importer_node, pipeline_channel, pipeline_ta
 from kfp.dsl import for_loop as kfp_loops
 from kfp.dsl.types import artifact_types, type_utils
 
-from mlfuncs import __version__
 from mlfuncs.bundle import Bundle, build_bundle
 from mlfuncs.decorator import Function
 from mlfuncs.errors import InvalidInput, MlfuncsError, SpecError
@@ -28,6 +28,7 @@ from mlfuncs_pipelines.ports import (
     strip_optional,
     value_port,
 )
+from mlfuncs_pipelines.preflight import step_timeout_s
 
 MODULE = "mlfuncs_pipelines.step"
 INLINE_BYTES = 64 * 1024  # a bundle up to this size travels inside the pipeline file (guess: files stay readable)
@@ -188,11 +189,9 @@ class _KfpComponent(base_component.BaseComponent):
 
 
 def base_image(settings: Settings) -> str:
-    """The image that steps run in: the one set, else this release's function base image."""
-    if settings.base_image:
-        return settings.base_image
-    prefix = f"{settings.image_registry.rstrip('/')}/" if settings.image_registry else ""
-    return f"{prefix}mlfuncs/base:{__version__}"
+    """The image that steps run in: the one set, else this release's function base image in the own registry."""
+    prefix = f"{settings.image_registry.rstrip('/')}/" if settings.image_registry and not settings.base_image else ""
+    return prefix + settings.resolved_base_image
 
 
 def pod_environment(settings: Settings) -> dict[str, str]:
@@ -228,6 +227,11 @@ def _apply_options(task: pipeline_task.PipelineTask, function: Function[Any, Any
         task.set_accelerator_type(resources.gpu_type).set_accelerator_limit(resources.gpu)
     if spec.retries:
         task.set_retry(spec.retries, backoff_duration="1s", backoff_factor=2.0)
+    limit = step_timeout_s(spec)
+    if limit is not None:
+        from kfp import kubernetes
+
+        kubernetes.set_timeout(task, math.ceil(limit))  # whole seconds of the pod's life
     if spec.secrets:
         from kfp import kubernetes
 

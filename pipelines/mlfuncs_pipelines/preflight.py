@@ -142,9 +142,14 @@ def _plan_step(
         environment_digest=bundle.manifest.environment_digest,
         # where the pod finds its things is not where this machine has them
         env={name: value for name, value in env.items() if not name.startswith("MLFUNCS_")},
-        timeout_s=None if spec.timeout_s == _DEFAULT_TIMEOUT_S else spec.timeout_s,
+        timeout_s=step_timeout_s(spec),
         step=ours,
     )
+
+
+def step_timeout_s(spec: FunctionSpec) -> float | None:
+    """How long a step may run, in seconds; None when no limit was set."""
+    return None if spec.timeout_s == _DEFAULT_TIMEOUT_S else spec.timeout_s
 
 
 def libraries(code: bytes, lock: Sequence[str]) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 # ruff: noqa: UP014 - components are written as kfp users write them
 
+import dataclasses
 import datetime
 import json
 import os
@@ -16,6 +17,7 @@ from kfp import dsl
 
 import mlfuncs as ml
 from mlfuncs.errors import InvalidInput, RunFailed, SpecError
+from mlfuncs.settings import Settings
 from mlfuncs_pipelines.components import is_tracing
 
 sys.path.append(str(Path(__file__).parent))
@@ -332,3 +334,31 @@ def _without_digests(text: str) -> Any:
                 variable["value"] = "KEYS"
     documents[0]["sdkVersion"] = "SDK"
     return documents
+
+
+def test_a_time_limit_that_was_set_reaches_the_pod() -> None:
+    @ml.function(timeout_s=90.5)
+    def limited(x: int) -> int:
+        return x
+
+    @ml.function
+    def free(x: int) -> int:
+        return x
+
+    @ml.pipeline
+    def limits():
+        free(limited(1).output)
+
+    ir = limits.ir
+    assert ir.executor_platform("exec-limited")["activeDeadlineSeconds"] in (91, "91")
+    assert "activeDeadlineSeconds" not in ir.executor_platform("exec-free")
+
+
+def test_steps_start_from_the_image_that_functions_start_from(settings: Settings) -> None:
+    from mlfuncs_pipelines.function_component import base_image
+
+    name = f"mlfuncs/base:{ml.__version__}"
+    pushed = dataclasses.replace(settings, image_registry="r.example/team/")
+    assert base_image(settings) == settings.resolved_base_image == name
+    assert base_image(pushed) == f"r.example/team/{name}"
+    assert base_image(dataclasses.replace(pushed, base_image="own/base:1")) == "own/base:1"
