@@ -44,7 +44,8 @@ class State:
     @property
     def text(self) -> str:
         """The state as one line."""
-        return "  ".join(part for part in (self.label, self.count, format_duration(self.elapsed_s), self.note) if part)
+        took = format_duration(self.elapsed_s) if self.elapsed_s >= REDRAW_S else ""
+        return "  ".join(part for part in (self.label, self.count, took, self.note) if part)
 
     @property
     def count(self) -> str:

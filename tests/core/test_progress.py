@@ -58,6 +58,7 @@ def test_a_job_that_is_not_counted_shows_no_count():
     assert State("Deploying x", None, elapsed_s=5.2).text == "Deploying x  5.2 s"
     assert State("Reading", None, done=3, elapsed_s=5.2).text == "Reading  3  5.2 s"
     assert State("Reading", 4, elapsed_s=5.2).text == "Reading  0/4  5.2 s"
+    assert State("Reading", 4, elapsed_s=2e-6).text == "Reading  0/4"
 
 
 def test_a_block_that_raises_does_not_say_done():
