@@ -7,7 +7,7 @@ ships with the package, for tests of code that deploys.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -52,6 +52,7 @@ class EndpointStatus:
     revisions: tuple[str, ...] = ()
     load: Mapping[str, Any] = field(default_factory=dict)
     project: str = ""
+    triggers: Sequence[Mapping[str, Any]] = ()  # kind, label, state, counts and last error of each
 
     def _repr_html_(self) -> str:
         from mlfuncs.endpoints import status_html

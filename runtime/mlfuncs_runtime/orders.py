@@ -98,7 +98,8 @@ class Orders:
         outcome = supervisor.desired.outcomes.get(plan.name) or {}
         if values["state"] == "empty" and outcome.get("state") == "failed":
             values["message"] = outcome["message"]
-        return {**values, "load": load, "url": f"{supervisor.router.url}/{plan.name}"}
+        triggers = supervisor.triggers.status(plan.name)
+        return {**values, "load": load, "url": f"{supervisor.router.url}/{plan.name}", "triggers": triggers}
 
     async def _wait(self, order: dict[str, Any]) -> dict[str, Any]:
         """How a rollout stands, as soon as that differs from `message`, at the latest after `timeout_s`."""

@@ -37,6 +37,7 @@ from mlfuncs_runtime.processes import ProcessHandle
 from mlfuncs_runtime.reconcile import Key, Wish, next_due_s, reconcile
 from mlfuncs_runtime.router_process import RouterProcess
 from mlfuncs_runtime.scaling import Scaler
+from mlfuncs_runtime.triggers import Triggers
 
 log = logging.getLogger("mlfuncs.supervisor")
 
@@ -55,6 +56,7 @@ class Supervisor:
         self.settings, self.places = settings, places
         self.desired = DesiredState(settings)
         self.router = RouterProcess(settings, places)
+        self.triggers = Triggers(settings, places)
         self.books = Books(places, self._launch, self.wake)
         self.fleet = Fleet(self.books, self.router.drained)
         self.scaler = Scaler()
@@ -139,7 +141,8 @@ class Supervisor:
         for action in reconcile(wished, observed, time.monotonic()):
             self.fleet.carry_out(action)
         routes = [route(plan, self.fleet.routable(plan.name)) for plan in plans]
-        await self.router.configure([entry for entry in routes if entry is not None])
+        self.triggers.keep(plans, self.router.url)
+        await self.router.configure(self.triggers.admit([entry for entry in routes if entry is not None]))
         self.fleet.release()
         self.books.extra = {**self.books.extra, "scaled": self.scaler.to_dict()}
         self.books.save()
@@ -261,6 +264,7 @@ class Supervisor:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, self.books.forget(), return_exceptions=True)
+        await asyncio.to_thread(self.triggers.stop)
         self.router.stop()
         processes.stop_sync(self.books.all_processes(), _STOP_S)
         remove_sockets(self.places)

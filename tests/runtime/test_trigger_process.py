@@ -1,0 +1,157 @@
+"""Triggers as they really run: supervisor, trigger process, router, worker, and a real redis-server."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mlfuncs as ml
+from mlfuncs.endpoints import endpoint
+from mlfuncs.settings import read_settings
+from mlfuncs_runtime.places import find_places, read_json, write_json
+from mlfuncs_runtime.process_target import ProcessTarget
+from mlfuncs_runtime.triggers import process_path
+
+redis = pytest.importorskip("redis")
+
+
+def wait_until(holds: Callable[[], Any], what: str, timeout_s: float = 40.0) -> Any:
+    deadline = time.monotonic() + timeout_s
+    while not (found := holds()):
+        assert time.monotonic() < deadline, f"waited {timeout_s} s for {what}"
+        time.sleep(0.05)
+    return found
+
+
+@pytest.fixture
+def live(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("MLFUNCS_PORT", "0")
+    yield home
+    ProcessTarget(read_settings()).stop()
+
+
+@pytest.fixture
+def redis_url(tmp_path: Path, require: Callable[[str, object], None]) -> Iterator[str]:
+    server = shutil.which("redis-server")
+    require("redis-server", server)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [str(server), "--dir", str(tmp_path), "--save", "", "--bind", "127.0.0.1", "--port", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    client = redis.Redis(port=port)
+
+    def answers() -> bool:
+        try:
+            return bool(client.ping())
+        except redis.RedisError:
+            return False
+
+    try:
+        wait_until(answers, "redis-server")
+        yield f"redis://127.0.0.1:{port}/0"
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+def trigger_pid() -> int | None:
+    known = read_json(process_path(find_places(read_settings())))
+    return known and int(known["process"]["pid"])
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def status() -> list[dict[str, Any]]:
+    return [dict(trigger) for trigger in endpoint("score").status().triggers]
+
+
+def test_a_killed_trigger_process_loses_no_message_and_poison_goes_aside(live: Path, redis_url: str) -> None:
+    out = str(live.parent / "out.txt")
+
+    def score(number: int, wait_s: float = 0.0) -> int:
+        import time
+
+        with open(out, "a") as file:
+            file.write(f"begin {number}\n")
+        time.sleep(wait_s)
+        if number < 0:
+            raise ValueError("poison")
+        with open(out, "a") as file:
+            file.write(f"end {number}\n")
+        return number
+
+    triggers = [ml.RedisStream("orders", group="score", max_tries=2, url=redis_url, max_in_flight=4)]
+    place = ml.function(name="score", triggers=triggers)(score).deploy(scale=ml.Scale(min=1, concurrency=4))
+    place.create_token()  # the trigger process is let in all the same
+    client = redis.Redis.from_url(redis_url)
+    client.xadd("orders", {"number": 0, "wait_s": 3})
+    wait_until(lambda: "begin 0" in lines(Path(out)), "the first call")
+    first = trigger_pid()
+    assert first is not None
+    os.kill(first, signal.SIGKILL)
+    for number in range(1, 41):
+        client.xadd("orders", {"number": number} if number % 2 else {"body": json.dumps({"number": number})})
+    client.xadd("orders", {"number": -1})
+    client.xadd("orders", {"number": "no number"})
+    wait_until(lambda: {f"end {n}" for n in range(41)} <= set(lines(Path(out))), "all messages")
+    wait_until(lambda: client.xlen("orders.dead") == 2, "the dead letters")
+    wait_until(lambda: client.xpending("orders", "score")["pending"] == 0, "everything to be acknowledged")
+    assert lines(Path(out)).count("begin 0") == 2  # in the middle of the call when the process was killed
+    assert lines(Path(out)).count("begin -1") == 2  # max_tries
+    reasons = {entry[b"number"]: entry[b"mlfuncs-reason"].decode() for _, entry in client.xrange("orders.dead")}
+    assert reasons[b"-1"].startswith("HandlerFailed") and reasons[b"no number"].startswith("InvalidInput")
+    told = wait_until(lambda: [t for t in status() if t.get("buried") == 2], "the status")[0]
+    assert told["kind"] == "redis-stream" and told["state"] == "running" and trigger_pid() != first
+
+
+def test_cron_fires_a_missed_tick_once_and_down_ends_the_process(live: Path) -> None:
+    out = str(live.parent / "ticks.txt")
+
+    def score(note: str) -> None:
+        with open(out, "a") as file:
+            file.write(note + "\n")
+
+    cron = ml.Cron("0 0 1 1 *", body={"note": "tick"})
+    ml.function(name="score", triggers=[cron])(score).deploy()
+    places = find_places(read_settings())
+    memory = places.run / "cron.json"
+    wait_until(lambda: read_json(memory), "the trigger process to remember")
+    assert lines(Path(out)) == []  # seen for the first time: nothing to make up for
+    pid = trigger_pid()
+    assert pid is not None and is_running(pid)
+    ProcessTarget(read_settings()).stop()
+    assert not is_running(pid)
+    (key,) = read_json(memory)
+    long_ago = (datetime.now(UTC) - timedelta(days=800)).isoformat()
+    write_json(memory, {key: {"until": long_ago, "fired": None}})
+    ProcessTarget(read_settings()).start()
+    wait_until(lambda: lines(Path(out)) == ["tick"], "the missed tick")
+    again = wait_until(trigger_pid, "the trigger process")
+    os.kill(again, signal.SIGKILL)
+    wait_until(lambda: (trigger_pid() or again) != again, "another trigger process")
+    wait_until(lambda: [t for t in status() if t["state"] == "waiting" and t["fired"]], "the status")
+    assert lines(Path(out)) == ["tick"]  # exactly once over restarts
+    endpoint("score").delete()
+    last = trigger_pid()
+    wait_until(lambda: last is None or not is_running(last), "the process to end when nothing has triggers")
