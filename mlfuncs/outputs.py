@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlfuncs.errors import NotFound
-from mlfuncs.tracking import ActiveRun, log_metric
+from mlfuncs.tracking import ActiveRun, is_name, log_metric
 from mlfuncs.values import encode, masked, masked_document
 
 _LEAVES = (type(None), bool, int, float, str)
@@ -50,7 +50,7 @@ def split(result: Any, returns: Any) -> dict[str, tuple[Any, Any]]:
     if isinstance(result, tuple) and names is not None:
         hints = getattr(type(result), "__annotations__", {})
         return {name: (value, hints.get(name)) for name, value in zip(names, result, strict=True)}
-    if type(result) is dict and result and all(type(key) is str and key for key in result) and not _is_json(result):
+    if type(result) is dict and result and all(map(_is_output_name, result)) and not _is_json(result):
         hints = getattr(returns, "__annotations__", {}) if isinstance(returns, type) else {}  # of a TypedDict
         return {name: (value, hints.get(name)) for name, value in result.items()}
     return {"output": (result, None if returns is inspect.Signature.empty else returns)}
@@ -81,6 +81,10 @@ class OutputNotFound(NotFound, KeyError):
     """A run has no output of that name; a KeyError too, as of any dict."""
 
     __str__ = Exception.__str__  # a KeyError shows its message in quotes
+
+
+def _is_output_name(key: Any) -> bool:
+    return type(key) is str and bool(key) and is_name(key)
 
 
 def _is_json(value: Any) -> bool:

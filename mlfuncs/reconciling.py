@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,9 @@ from mlfuncs.liveness import is_alive
 from mlfuncs.records import Batch, journal_path, keep_final
 from mlfuncs.registry import Registry, RunRow
 from mlfuncs.settings import Settings
+
+log = logging.getLogger(__name__)
+_UNREADABLE = (ValueError, TypeError, KeyError, OverflowError)
 
 
 def reconcile(registry: Registry, settings: Settings) -> None:
@@ -30,14 +35,18 @@ def reconcile(registry: Registry, settings: Settings) -> None:
 
 def _bury(registry: Registry, settings: Settings, row: RunRow) -> None:
     path = journal_path(settings, row.id)
-    batch = _read(path)
     owner = row.owner or {}
     lost = failed(
         "ProcessDied",
         f"its process died (pid {owner.get('pid')} on {owner.get('host')}): it was killed, ran out of memory, or the "
         "machine went down; its log has what it printed",
     )
-    keep_final(registry, row.id, batch, batch.final or lost, only_active=True)
+    try:
+        batch = _read(path)
+        keep_final(registry, row.id, batch, batch.final or lost, only_active=True)
+    except _UNREADABLE as exc:
+        _set_aside(path, exc)
+        keep_final(registry, row.id, Batch(), lost, only_active=True)
     path.unlink(missing_ok=True)
 
 
@@ -49,11 +58,24 @@ def _replay(registry: Registry, path: Path) -> None:
         return  # being made right now, or of a registry that this home used before
     if is_alive(row.owner, None):
         return  # its owner will do it
-    batch = _read(path)
-    ours = row.error is None or row.error.get("type") == "ProcessDied"
-    values: dict[str, Any] = batch.final if batch.final and ours else {"status": row.status}
-    keep_final(registry, row.id, batch, values)
+    try:
+        batch = _read(path)
+        ours = row.error is None or row.error.get("type") == "ProcessDied"
+        values: dict[str, Any] = batch.final if batch.final and ours else {"status": row.status}
+        keep_final(registry, row.id, batch, values)
+    except _UNREADABLE as exc:
+        _set_aside(path, exc)
     path.unlink(missing_ok=True)
+
+
+def _set_aside(path: Path, exc: Exception) -> None:
+    """Keep a journal that no database takes (a foreign or damaged file), so that the other runs can be read."""
+    aside = path.with_suffix(".unreadable")
+    log.warning(
+        "the journal of run %s cannot be read (%s: %s); it is kept as %s", path.stem, type(exc).__name__, exc, aside
+    )
+    with contextlib.suppress(FileNotFoundError):  # another reader was first
+        path.rename(aside)
 
 
 def _read(path: Path) -> Batch:

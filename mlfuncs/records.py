@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mlfuncs.errors import StorageError
 from mlfuncs.journal import ARTIFACT, ATTEMPT, FINISH, METRIC, PARAMS, Entry, Journal, read_entries
 from mlfuncs.registry import MetricPoint, Registry, RunArtifact
 from mlfuncs.settings import Settings
@@ -78,9 +80,10 @@ class Record:
         """End the run with `final` (columns, and `outputs` documents by name), all at once, and drop the journal.
 
         The journal is told first, so a database that is away now is told later: by `drain`, or, when this process has
-        ended, by whoever reads the run.
+        ended, by whoever reads the run. A full disk is tried again by `drain` too.
         """
-        self.journal.append(FINISH, final)
+        with contextlib.suppress(StorageError):  # the registry may be elsewhere, and is what counts
+            self.journal.append(FINISH, final)
         with self._lock:
             self._final = final
             self._end(final)
@@ -93,6 +96,8 @@ class Record:
                 self._write(last)
                 self._offset = after
             last, after = batch, offset
+        if last.final is None:  # the journal's disk was full
+            last.add([Entry(self._offset, FINISH, [final])])
         keep_final(self._registry, self.run_id, last, final)
         self._final, self.is_finished = None, True
         self.journal.close()

@@ -112,7 +112,17 @@ def _load(digest: str, settings: Settings) -> Any:
     bundle = open_bundle(digest, settings)
     target = bundle.load()
     target = target.target if isinstance(target, Function) else target
+    _stand_for_script(target)
     return target, bundle.manifest.function_spec
+
+
+def _stand_for_script(target: Any) -> None:
+    """Put what a script or notebook defined into this `__main__`, where `multiprocessing` finds functions by name."""
+    main = sys.modules["__main__"]
+    for name, value in getattr(target, "__globals__", {}).items():
+        named = (getattr(value, "__module__", None), getattr(value, "__name__", None))
+        if named == ("__main__", name) and not hasattr(main, name):
+            setattr(main, name, value)
 
 
 def _hint(annotation: Any) -> Any:

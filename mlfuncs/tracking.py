@@ -33,6 +33,7 @@ class ActiveRun:
         self.open = True
 
 
+NAME_CHARACTERS = 500  # PostgreSQL indexes at most 2,704 bytes
 _STEPS = 2**63  # what databases take as a whole number
 _current: ContextVar[ActiveRun | None] = ContextVar("mlfuncs_run", default=None)
 _active: dict[str, ActiveRun] = {}
@@ -127,11 +128,23 @@ def _require_run(what: str) -> ActiveRun:
 def _as_name(kind: str, name: Any, run: ActiveRun) -> str:
     if not isinstance(name, str) or not name:
         raise InvalidInput(f"the name of a {kind} must be text that is not empty, not {name!r}")
+    if not is_name(name):
+        raise InvalidInput(
+            f"the name of a {kind} must be at most {NAME_CHARACTERS} characters of Unicode without NUL, not "
+            f"{name[:80]!r} ({len(name)} characters)"
+        )
     if run.secrets:
         from mlfuncs.values import masked
 
         return str(masked(name, run.secrets))
     return name
+
+
+def is_name(text: str) -> bool:
+    """Whether every database takes `text` as a name: not too long for an index, no NUL, no half of a surrogate pair."""
+    if text.isascii():  # quick: names of metrics are checked at every call
+        return len(text) <= NAME_CHARACTERS and "\0" not in text
+    return len(text) <= NAME_CHARACTERS and not any(mark == "\0" or "\ud800" <= mark <= "\udfff" for mark in text)
 
 
 def _as_float(name: str, value: Any) -> float:

@@ -26,8 +26,19 @@ from sklearn.linear_model import LinearRegression
 
 import mlfuncs as ml
 from mlfuncs.comparison import prefers_lower
-from mlfuncs.errors import Conflict, DeadlineExceeded, InvalidInput, NotFound, RegistryUnavailable, RunFailed, SpecError
+from mlfuncs.errors import (
+    Conflict,
+    DeadlineExceeded,
+    InvalidInput,
+    NotFound,
+    RegistryUnavailable,
+    RunFailed,
+    SpecError,
+    StorageError,
+)
+from mlfuncs.journal import Journal
 from mlfuncs.liveness import LEASE_S, is_alive, machine, this_process
+from mlfuncs.records import journal_path
 from mlfuncs.registry import RunRow, open_registry
 from mlfuncs.values import Artifact
 
@@ -330,6 +341,21 @@ class TestInline:
         assert ballast - small > 100
 
 
+SCRIPT_WITH_POOL = """
+import multiprocessing
+import mlfuncs as ml
+
+def double(x): return 2 * x
+
+def pooled() -> list:
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        return pool.map(double, [1, 2])
+
+if __name__ == "__main__":
+    print(ml.run(pooled, isolation="process").output)
+"""
+
+
 class TestSecrets:
     def test_a_secret_is_in_no_row_log_traceback_or_file(self, settings, monkeypatch):
         monkeypatch.setenv("DB_PASSWORD", "hunter2-swordfish")
@@ -374,6 +400,13 @@ class TestSecrets:
 
 
 class TestIsolated:
+    def test_functions_of_a_script_can_be_handed_to_a_process_pool(self, tmp_path):
+        (tmp_path / "script.py").write_text(SCRIPT_WITH_POOL)
+        done = subprocess.run(
+            [sys.executable, tmp_path / "script.py"], capture_output=True, text=True, timeout=60, cwd=tmp_path
+        )
+        assert done.stdout.splitlines()[-1:] == ["[2, 4]"], done.stderr
+
     def test_it_is_another_process_with_the_same_result(self, capsys):
         @ml.function
         def where(x: int) -> int:
@@ -566,6 +599,27 @@ class TestLiveness:
         locks[0].close()
         wait_until(lambda: ml.list_runs()[0].status == "succeeded")
         assert ml.list_runs()[0].metrics == {"m": 1.0}
+
+    def test_a_journal_that_no_database_takes_hides_no_other_run(self, settings):
+        registry = open_registry(settings)
+        gone = {"machine": machine(), "pid": 2**22, "pid_start": 1.0, "host": "here"}
+        registry.runs.create(RunRow("damaged", "test", "f", status="running", owner=gone))
+        journal = journal_path(settings, "damaged")
+        journal.parent.mkdir(parents=True)
+        journal.write_text('["m", "half \\ud83d", 1.0, null, 0.0]\n["m", "too few"]\n')
+        run = double.run(1)
+        assert {item.id: item.status for item in ml.list_runs()} == {"damaged": "failed", run.id: "succeeded"}
+        assert journal.with_suffix(".unreadable").exists() and not journal.exists()
+
+    def test_an_end_is_kept_although_the_disk_of_the_journal_is_full(self, settings, monkeypatch):
+        def full(journal, *entry):
+            raise StorageError("full")
+
+        def function() -> int:
+            monkeypatch.setattr(Journal, "append", full)
+            return 5
+
+        assert ml.get_run(ml.run(function).id).output == 5
 
     def test_a_log_is_readable_from_elsewhere_when_the_store_is_shared(self, tmp_path, monkeypatch):
         monkeypatch.setenv("MLFUNCS_ARTIFACTS_URL", str(tmp_path / "store"))
