@@ -1,6 +1,4 @@
-"""kfp's lightweight components for the pipeline benchmark (kfp reads no string annotations, hence a module of its own)."""
-
-from typing import List  # noqa: UP035 - kfp reads this spelling
+"""kfp's lightweight components for the pipeline benchmark, apart because kfp reads no string annotations."""
 
 from kfp import dsl
 
@@ -13,10 +11,10 @@ def kfp_add(a: int, b: int = 1) -> int:
 
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
-def kfp_numbers(n: int) -> List[int]:
+def kfp_numbers(n: int) -> list[int]:
     return list(range(n))
 
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
-def kfp_total(xs: List[int]) -> int:
+def kfp_total(xs: list[int]) -> int:
     return sum(xs)
