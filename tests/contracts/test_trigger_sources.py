@@ -1,0 +1,304 @@
+"""One contract for every source of a trigger: in memory, a real redis-server, and librdkafka with its own mock broker.
+
+The Kafka adapter talks to librdkafka's mock cluster over TCP: the client is the real one, the broker is not.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlfuncs.client import error_of
+from mlfuncs.errors import MlfuncsError, Unavailable
+from mlfuncs.triggers import KafkaTopic, RedisStream
+from mlfuncs_runtime.trigger_pump import Message, Policy, Pump, Source
+
+
+class MemoryBroker:
+    """A queue that keeps what was not settled, and counts deliveries."""
+
+    def __init__(self) -> None:
+        self.entries: dict[str, bytes] = {}
+        self.tries: dict[str, int] = {}
+        self.buried: list[tuple[bytes, str]] = []
+
+    def send(self, body: bytes) -> None:
+        self.entries[str(len(self.entries) + len(self.tries))] = body
+
+    def open(self) -> Source:
+        return MemorySource(self)
+
+    def dead(self) -> list[tuple[bytes, str]]:
+        return self.buried
+
+    counts_tries = True
+
+
+class MemorySource:
+    def __init__(self, broker: MemoryBroker) -> None:
+        self.broker, self.out = broker, set[str]()
+
+    def receive(self, limit: int, wait_s: float) -> Sequence[Message]:
+        ids = [key for key in self.broker.entries if key not in self.out][: max(0, limit)]
+        self.out.update(ids)
+        for key in ids:
+            self.broker.tries[key] = self.broker.tries.get(key, 0) + 1
+        return [Message(key, self.broker.entries[key], self.broker.tries[key]) for key in ids]
+
+    def settle(self, message: Message) -> None:
+        self.broker.entries.pop(message.id, None)
+
+    def bury(self, message: Message, reason: str) -> None:
+        self.broker.buried.append((message.body, reason))
+        self.settle(message)
+
+    def retried(self, message: Message) -> None:
+        self.broker.tries[message.id] += 1
+
+    def keep(self, messages: Sequence[Message]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class RedisBroker:
+    """One stream of a real server."""
+
+    counts_tries = True
+
+    def __init__(self, client: Any, url: str) -> None:
+        self.client, self.url, self.stream = client, url, f"s{uuid.uuid4().hex}"
+
+    def send(self, body: bytes) -> None:
+        self.client.xadd(self.stream, {"body": body})
+
+    def open(self, consumer: str = "one", claim_after_s: float = 60.0) -> Source:
+        from mlfuncs_runtime.redis_trigger import RedisStreamSource
+
+        return RedisStreamSource(RedisStream(self.stream), self.url, consumer, claim_after_s)
+
+    def dead(self) -> list[tuple[bytes, str]]:
+        entries = self.client.xrange(f"{self.stream}.dead")
+        return [(fields[b"body"], fields[b"mlfuncs-reason"].decode()) for _, fields in entries]
+
+
+class KafkaBroker:
+    """One topic of librdkafka's mock cluster."""
+
+    counts_tries = False
+
+    def __init__(self, producer: Any, servers: str) -> None:
+        self.producer, self.servers, self.topic = producer, servers, f"t{uuid.uuid4().hex}"
+        self.options = {"heartbeat.interval.ms": "200", "session.timeout.ms": "6000"}
+
+    def send(self, body: bytes) -> None:
+        self.producer.produce(self.topic, body)
+        assert self.producer.flush(10) == 0
+
+    def open(self) -> Source:
+        from mlfuncs_runtime.kafka_trigger import KafkaSource
+
+        return KafkaSource(KafkaTopic(self.topic, servers=self.servers), self.servers, self.options)
+
+    def dead(self) -> list[tuple[bytes, str]]:
+        from confluent_kafka import Consumer
+
+        own = {"bootstrap.servers": self.servers, "group.id": uuid.uuid4().hex, "auto.offset.reset": "earliest"}
+        consumer = Consumer(own)
+        consumer.subscribe([f"{self.topic}.dead"])
+        record = None
+        for _ in range(100):
+            record = consumer.poll(0.2)
+            if record is not None and not record.error():
+                break
+        consumer.close()
+        assert record is not None
+        return [(record.value(), dict(record.headers())["mlfuncs-reason"].decode())]
+
+
+@pytest.fixture(scope="module")
+def redis_server(tmp_path_factory: pytest.TempPathFactory, require: Callable[[str, object], None]) -> Iterator[str]:
+    redis = pytest.importorskip("redis")
+    server = shutil.which("redis-server")
+    require("redis-server", server)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    folder = str(tmp_path_factory.mktemp("redis"))
+    command = [str(server), "--dir", folder, "--save", "", "--bind", "127.0.0.1", "--port", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 20
+        while True:
+            try:
+                redis.Redis(port=port).ping()
+                break
+            except redis.RedisError:
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+        yield f"redis://127.0.0.1:{port}/0"
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+@pytest.fixture(scope="module")
+def kafka_cluster() -> Iterator[tuple[Any, str]]:
+    kafka = pytest.importorskip("confluent_kafka")
+    producer = kafka.Producer({"bootstrap.servers": "mock", "test.mock.num.brokers": 1, "log_level": 0})
+    brokers = producer.list_topics(timeout=10).brokers.values()
+    yield producer, ",".join(f"{broker.host}:{broker.port}" for broker in brokers)
+
+
+@pytest.fixture(params=["memory", "redis", "kafka"])
+def broker(request: pytest.FixtureRequest) -> Any:
+    if request.param == "memory":
+        return MemoryBroker()
+    if request.param == "kafka":
+        return KafkaBroker(*request.getfixturevalue("kafka_cluster"))
+    import redis
+
+    url = request.getfixturevalue("redis_server")
+    return RedisBroker(redis.Redis.from_url(url), url)
+
+
+def answered(title: str, status: int, retry_after_s: float = 1.0) -> MlfuncsError:
+    return error_of(title, "no", {"status": status, "retry_after_s": retry_after_s})
+
+
+def drive(pump: Pump, holds: Callable[[], Any], timeout_s: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline, pump.counts
+        pump.step(0.1)
+
+
+QUICK = Policy(max_in_flight=3, max_tries=3, backoff_s=0.01)
+
+
+def test_every_message_is_served_and_none_again_by_the_next_process(broker: Any) -> None:
+    for number in range(10):
+        broker.send(json.dumps({"n": number}).encode())
+    served: list[int] = []
+    pump = Pump(broker.open(), lambda message: served.append(json.loads(message.body)["n"]), QUICK)
+    drive(pump, lambda: pump.counts.served == 10)
+    pump.close()
+    assert sorted(served) == list(range(10))
+    broker.send(b'{"n": 10}')
+    following = Pump(broker.open(), lambda message: served.append(json.loads(message.body)["n"]), QUICK)
+    drive(following, lambda: following.counts.served == 1)
+    following.close()
+    assert sorted(served) == list(range(11))
+
+
+def test_what_was_received_and_not_settled_comes_again(broker: Any) -> None:
+    broker.send(b"1")
+    broker.send(b"2")
+    source, found = broker.open(), []
+    deadline = time.monotonic() + 30
+    while len(found) < 2 and time.monotonic() < deadline:
+        found += source.receive(2, 0.2)
+    first = next(message for message in found if message.body == b"1")
+    source.settle(first)
+    source.close()
+    again, left = broker.open(), []
+    while not left and time.monotonic() < deadline:
+        left += again.receive(5, 0.2)
+    again.close()
+    assert [message.body for message in left] == [b"2"]
+    assert left[0].tries == (2 if broker.counts_tries else 1)
+
+
+def test_a_poisoned_message_is_put_aside_after_its_tries_and_the_others_are_served(broker: Any) -> None:
+    broker.send(b'"poison"')
+    broker.send(b'"good"')
+    calls: list[bytes] = []
+
+    def call(message: Message) -> None:
+        calls.append(message.body)
+        if message.body == b'"poison"':
+            raise answered("HandlerFailed", 500)
+
+    pump = Pump(broker.open(), call, QUICK)
+    drive(pump, lambda: pump.counts.buried == 1 and pump.counts.served == 1)
+    pump.close()
+    assert calls.count(b'"poison"') == QUICK.max_tries and calls.count(b'"good"') == 1
+    assert broker.dead() == [(b'"poison"', "HandlerFailed: no")]
+
+
+def test_a_message_that_can_never_be_served_is_put_aside_at_once(broker: Any) -> None:
+    broker.send(b'"wrong"')
+    calls: list[bytes] = []
+
+    def call(message: Message) -> None:
+        calls.append(message.body)
+        raise answered("InvalidInput", 422)
+
+    pump = Pump(broker.open(), call, QUICK)
+    drive(pump, lambda: pump.counts.buried == 1)
+    pump.close()
+    assert len(calls) == 1
+
+
+def test_in_flight_is_bounded_and_overload_holds_everything_without_costing_a_try(broker: Any) -> None:
+    for _ in range(8):
+        broker.send(b"1")
+    refusals = [answered("Overloaded", 429, 0.1) for _ in range(9)]
+    most = 0
+
+    def call(message: Message) -> None:
+        nonlocal most
+        most = max(most, pump.in_flight)
+        assert message.tries == 1
+        if refusals:
+            raise refusals.pop()
+
+    pump = Pump(broker.open(), call, QUICK)
+    drive(pump, lambda: pump.counts.served == 8)
+    pump.close()
+    assert pump.counts.held == 9 and pump.counts.buried == 0 and most <= QUICK.max_in_flight + 1
+
+
+def test_stale_messages_of_a_consumer_that_is_gone_are_claimed(redis_server: str) -> None:
+    import redis
+
+    broker = RedisBroker(redis.Redis.from_url(redis_server), redis_server)
+    broker.send(b"1")
+    assert len(broker.open("gone").receive(1, 0.1)) == 1
+    other = broker.open("other", claim_after_s=0.05)
+    found: list[Message] = []
+    deadline = time.monotonic() + 10
+    while not found and time.monotonic() < deadline:
+        found += other.receive(1, 0.05)
+    assert [(message.body, message.tries) for message in found] == [(b"1", 2)]
+
+
+def test_tries_that_ended_with_their_process_count(redis_server: str) -> None:
+    import redis
+
+    broker = RedisBroker(redis.Redis.from_url(redis_server), redis_server)
+    broker.send(b"1")
+    for _ in range(QUICK.max_tries):
+        assert len(broker.open().receive(1, 0.1)) == 1  # and then the process is killed
+    pump = Pump(broker.open(), lambda message: None, QUICK)
+    drive(pump, lambda: pump.counts.buried == 1)
+    assert "no end" in broker.dead()[0][1] and pump.counts.served == 0
+
+
+def test_a_server_that_is_away_is_an_unavailable_that_names_the_stream(tmp_path: Path) -> None:
+    pytest.importorskip("redis")
+    from mlfuncs_runtime.redis_trigger import RedisStreamSource
+
+    source = RedisStreamSource(RedisStream("orders"), f"unix://{tmp_path}/none.sock", "one")
+    with pytest.raises(Unavailable, match="orders"):
+        source.receive(1, 0.0)
