@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import math
 from collections.abc import Mapping
@@ -136,6 +137,8 @@ class FunctionComponent(base_component.BaseComponent):
             raise self._clash(port, f"a {found}", f"expected is a {port.kind}")
         if found == port.kind:
             return port, channel
+        if _is_loop_item(channel) and found == "STRING":
+            return dataclasses.replace(port, form="json", kind=found, default=None), channel  # any item, as its JSON
         if (found, port.kind) == ("NUMBER_INTEGER", "NUMBER_DOUBLE") or _is_loop_item(channel):
             return value_port(port, found), channel  # the step converts it
         raise self._clash(port, f"a {found}", f"expected is a {port.kind}")

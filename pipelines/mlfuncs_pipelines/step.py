@@ -159,6 +159,8 @@ def unpack_inline(digest: str, encoded: str, settings: Settings | None = None) -
 
 
 def _read_inputs(loaded: Loaded, call: Call) -> dict[str, Any]:
+    from dataclasses import replace
+
     from mlfuncs_pipelines.ports import decode_value, value_port
 
     given = call.executor_input.get("inputs", {})
@@ -167,6 +169,8 @@ def _read_inputs(loaded: Loaded, call: Call) -> dict[str, Any]:
         port = loaded.inputs.get(name)
         if port is None:
             continue  # kfp adds inputs for the placeholders in other ones
+        if name in call.json_inputs and port.form == "value":
+            port = replace(port, form="json")  # the item of a loop
         if port.form == "json" and name not in call.json_inputs:
             port = value_port(port, "")
         values[name] = decode_value(port, value)

@@ -362,3 +362,17 @@ def test_steps_start_from_the_image_that_functions_start_from(settings: Settings
     assert base_image(settings) == settings.resolved_base_image == name
     assert base_image(pushed) == f"r.example/team/{name}"
     assert base_image(dataclasses.replace(pushed, base_image="own/base:1")) == "own/base:1"
+
+
+def test_items_of_a_list_parameter_reach_steps_as_what_they_are() -> None:
+    @ml.function
+    def twice(n: int) -> int:
+        return 2 * n
+
+    @ml.pipeline
+    def each(numbers: list[int]):
+        with dsl.ParallelFor(numbers) as number:
+            twice(number)
+
+    run = each.run(numbers=[1, 21])
+    assert [run.value(f"for-loop-1/{index}/twice") for index in (0, 1)] == [2, 42]
