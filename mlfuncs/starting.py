@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mlfuncs.errors import MlfuncsError
+from mlfuncs.errors import InvalidInput, MlfuncsError
 from mlfuncs.journal import Journal
 from mlfuncs.liveness import this_process
 from mlfuncs.records import Record, journal_path, log_path
@@ -89,6 +89,8 @@ def check_arguments(
     from mlfuncs.artifacts import ArtifactRef
 
     signature = function.signature
+    if signature.kind == "nuclio":
+        raise InvalidInput(f"{signature.name} is a Nuclio handler, which has no parameters to run with: deploy it")
     hints = {parameter.name: parameter.annotation for parameter in signature.parameters}
     given = dict(signature.bind(args, kwargs))
     for name, value in given.items():

@@ -196,6 +196,13 @@ class TestInline:
         run = ml.run(lambda x, when: None, {"x": None, "when": np.datetime64("2024-01-02")})
         assert run.params == {"x": None, "when": "2024-01-02"}
 
+    def test_a_nuclio_handler_is_to_be_deployed(self):
+        def handler(context, event):
+            return event.body
+
+        with pytest.raises(InvalidInput, match="Nuclio handler.*deploy"):
+            ml.run(handler, {"event": "x"})
+
     def test_wrong_arguments_start_no_run(self):
         with pytest.raises(InvalidInput, match="x"):
             double.run("3")
@@ -430,15 +437,17 @@ class TestIsolated:
         assert ml.run(loaded, isolation="process").output == []
 
     def test_objects_of_own_classes_go_in_where_no_hint_names_the_class(self):
-        def area(point, colours=None):
-            return point.x * point.y, colours
+        @dataclasses.dataclass
+        class Box:
+            x: int
+            y: float
 
-        run = ml.run(area, {"point": Point(2, 1.5), "colours": [Colour.RED]}, isolation="process")
-        assert run.output == (3.0, [Colour.RED])
-        result = ml.function(area).sweep(
-            grid={"colours": [[Colour.RED]]}, params={"point": Point(2, 2.5)}, progress=False
-        )
-        assert result.runs[0].output == (5.0, [Colour.RED])
+        def area(box, scale=1):
+            return box.x * box.y * scale
+
+        assert ml.run(area, {"box": Box(2, 1.5)}, isolation="process").output == 3.0
+        result = ml.function(area).sweep(grid={"scale": [2]}, params={"box": Box(2, 2.5)}, progress=False)
+        assert result.runs[0].output == 10.0
 
     def test_tables_go_in_and_come_out(self):
         frame = pd.DataFrame({"w": [1, 2, 3]})
