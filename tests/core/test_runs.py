@@ -200,7 +200,7 @@ class TestInline:
         def handler(context, event):
             return event.body
 
-        with pytest.raises(InvalidInput, match="Nuclio handler.*deploy"):
+        with pytest.raises(InvalidInput, match="which has no parameters to run with: deploy it"):
             ml.run(handler, {"event": "x"})
 
     def test_wrong_arguments_start_no_run(self):
