@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from mlfuncs.errors import MissingExtra, SpecError
+from mlfuncs.errors import SpecError
 
 _ALIASES = {
     "@hourly": "0 * * * *",
@@ -168,6 +168,8 @@ def _check_schedule(schedule: str, time_zone: str) -> None:
     from datetime import UTC, datetime
     from zoneinfo import ZoneInfo
 
+    from cronsim import CronSim, CronSimError
+
     try:
         ZoneInfo(time_zone)
     except (KeyError, ValueError, OSError) as exc:
@@ -175,10 +177,6 @@ def _check_schedule(schedule: str, time_zone: str) -> None:
     fields = five_fields(schedule)
     example = "write five fields like '*/5 * * * *', or @hourly"
     _require(len(fields.split()) == 5, f"cron schedule {schedule!r} does not have five fields: {example}")
-    try:
-        from cronsim import CronSim, CronSimError
-    except ModuleNotFoundError as exc:
-        raise MissingExtra("a cron trigger", "triggers") from exc
     try:
         next(CronSim(fields, datetime(2026, 1, 1, tzinfo=UTC)))
     except CronSimError as exc:
