@@ -140,6 +140,12 @@ def test_cron_fires_a_missed_tick_once_and_down_ends_the_process(live: Path) -> 
     assert lines(Path(out)) == []  # seen for the first time: nothing to make up for
     pid = trigger_pid()
     assert pid is not None and is_running(pid)
+    supervisor = ProcessTarget(read_settings()).overview()["supervisor"]["pid"]
+    os.kill(supervisor, signal.SIGKILL)
+    wait_until(lambda: not is_running(supervisor), "the supervisor to be gone")
+    ProcessTarget(read_settings()).start()
+    wait_until(lambda: [t for t in status() if t["state"] == "waiting"], "the next supervisor to take over")
+    assert trigger_pid() == pid and is_running(pid)  # it went on
     ProcessTarget(read_settings()).stop()
     assert not is_running(pid)
     (key,) = read_json(memory)
