@@ -53,6 +53,6 @@ WORKDIR /tmp
 EXPOSE 8080
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 \
-    CMD ["/opt/mlfuncs/bin/python", "-P", "-m", "mlfuncs_runtime.container", "--check"]
+    CMD ["/opt/mlfuncs/bin/python", "-P", "-m", "mlfuncs_runtime.docker.entry", "--check"]
 # The process with id 1 passes signals on, reaps orphans, and ends as the worker ends.
-ENTRYPOINT ["/opt/mlfuncs/bin/python", "-P", "-m", "mlfuncs_runtime.container"]
+ENTRYPOINT ["/opt/mlfuncs/bin/python", "-P", "-m", "mlfuncs_runtime.docker.entry"]

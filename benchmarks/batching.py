@@ -35,9 +35,9 @@ import os, socket, sys
 os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1"))
 import numpy as np
 from mlfuncs.spec import Batch
-from mlfuncs_runtime.asgi import make_app
-from mlfuncs_runtime.invocation import AppOptions
-from mlfuncs_runtime.server import Service
+from mlfuncs_runtime.worker.asgi import make_app
+from mlfuncs_runtime.worker.invocation import AppOptions
+from mlfuncs_runtime.worker.server import Service
 MODEL
 rows = np.random.default_rng(1).normal(size=(1000, 20))
 model.fit(rows, (rows[:, 0] + rows[:, 1] > 0).astype(int))

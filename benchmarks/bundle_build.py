@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from mlfuncs.bundle import build_bundle
+from mlfuncs.bundles.bundle import build_bundle
 from mlfuncs.settings import Settings
 from mlfuncs.spec import FunctionSpec
 

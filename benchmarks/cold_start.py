@@ -28,9 +28,9 @@ import psutil
 
 import mlfuncs as ml
 from mlfuncs.artifacts import ArtifactStore
-from mlfuncs.bundle import build_bundle
+from mlfuncs.bundles.bundle import build_bundle
 from mlfuncs.settings import Settings
-from mlfuncs_runtime.worker_config import WorkerConfig
+from mlfuncs_runtime.worker.config import WorkerConfig
 
 BODY = json.dumps({"x": [0.1] * 30})
 

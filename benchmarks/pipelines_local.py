@@ -25,10 +25,10 @@ from typing import Any
 warnings.filterwarnings("ignore")
 os.environ.setdefault("MLFUNCS_HOME", tempfile.mkdtemp(prefix="bench-home-"))
 
+from benchmarks_pipeline_components import kfp_add  # noqa: E402
 from kfp import compiler, dsl, local  # noqa: E402
 
 import mlfuncs as ml  # noqa: E402
-from benchmarks_pipeline_components import kfp_add, kfp_numbers, kfp_total  # noqa: E402
 from mlfuncs.settings import read_settings  # noqa: E402
 from mlfuncs_pipelines.engine import Options  # noqa: E402
 from mlfuncs_pipelines.runner import run_pipeline  # noqa: E402

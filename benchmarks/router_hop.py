@@ -170,7 +170,7 @@ def router_command(folder: Path, worker: str, port: int, *, everything: bool) ->
     state = folder / f"{name}.json"
     state.write_text(json.dumps({"routes": [route.to_dict()]}))
     paths = ["--control", str(folder / f"{name}.sock"), "--state", str(state)]
-    return [sys.executable, "-m", "mlfuncs_runtime.router", "--port", str(port), *paths]
+    return [sys.executable, "-m", "mlfuncs_runtime.router.process", "--port", str(port), *paths]
 
 
 def cpu_s(process: psutil.Process) -> float:

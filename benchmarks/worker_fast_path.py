@@ -40,9 +40,9 @@ def serve(app):
 """
 _OURS = """
 import socket, sys
-from mlfuncs_runtime.asgi import make_app
-from mlfuncs_runtime.invocation import AppOptions
-from mlfuncs_runtime.server import Service
+from mlfuncs_runtime.worker.asgi import make_app
+from mlfuncs_runtime.worker.invocation import AppOptions
+from mlfuncs_runtime.worker.server import Service
 DEF predict(x: list[float]) -> float:
     return sum(x)
 listener = socket.create_server(("127.0.0.1", int(sys.argv[1])), backlog=1024)

@@ -16,31 +16,31 @@ _CORE = {
     "Batch": "mlfuncs.spec",
     "Cron": "mlfuncs.triggers",
     "ClassificationMetrics": "mlfuncs.results",
-    "Endpoint": "mlfuncs.endpoints",
+    "Endpoint": "mlfuncs.serving.endpoints",
     "Function": "mlfuncs.decorator",
     "HTML": "mlfuncs.results",
     "KafkaTopic": "mlfuncs.triggers",
-    "LogUniform": "mlfuncs.search",
+    "LogUniform": "mlfuncs.runs.search",
     "Markdown": "mlfuncs.results",
     "Metrics": "mlfuncs.results",
     "MlfuncsError": "mlfuncs.errors",
     "Pod": "mlfuncs.spec",
     "RedisStream": "mlfuncs.triggers",
     "Resources": "mlfuncs.spec",
-    "Run": "mlfuncs.runs",
+    "Run": "mlfuncs.runs.run",
     "Scale": "mlfuncs.spec",
     "Settings": "mlfuncs.settings",
-    "compare_runs": "mlfuncs.runs",
-    "endpoint": "mlfuncs.endpoints",
-    "list_endpoints": "mlfuncs.endpoints",
+    "compare_runs": "mlfuncs.runs.run",
+    "endpoint": "mlfuncs.serving.endpoints",
+    "list_endpoints": "mlfuncs.serving.endpoints",
     "function": "mlfuncs.decorator",
-    "log_artifact": "mlfuncs.tracking",
-    "log_metric": "mlfuncs.tracking",
-    "log_params": "mlfuncs.tracking",
+    "log_artifact": "mlfuncs.runs.tracking",
+    "log_metric": "mlfuncs.runs.tracking",
+    "log_params": "mlfuncs.runs.tracking",
     "read_settings": "mlfuncs.settings",
-    "get_run": "mlfuncs.runs",
-    "run": "mlfuncs.runs",
-    "list_runs": "mlfuncs.runs",
+    "get_run": "mlfuncs.runs.run",
+    "run": "mlfuncs.runs.run",
+    "list_runs": "mlfuncs.runs.run",
     "secret": "mlfuncs.secrets",
 }
 
@@ -49,21 +49,24 @@ __all__ = sorted([*_CORE, *_FACADE])
 if TYPE_CHECKING:  # for editors and type checkers; `as` marks a name as exported
     from mlfuncs.decorator import Function as Function
     from mlfuncs.decorator import function as function
-    from mlfuncs.endpoints import Endpoint as Endpoint
-    from mlfuncs.endpoints import endpoint as endpoint
-    from mlfuncs.endpoints import list_endpoints as list_endpoints
     from mlfuncs.errors import MlfuncsError as MlfuncsError
     from mlfuncs.results import HTML as HTML
     from mlfuncs.results import ClassificationMetrics as ClassificationMetrics
     from mlfuncs.results import Markdown as Markdown
     from mlfuncs.results import Metrics as Metrics
-    from mlfuncs.runs import Run as Run
-    from mlfuncs.runs import compare_runs as compare_runs
-    from mlfuncs.runs import get_run as get_run
-    from mlfuncs.runs import list_runs as list_runs
-    from mlfuncs.runs import run as run
-    from mlfuncs.search import LogUniform as LogUniform
+    from mlfuncs.runs.run import Run as Run
+    from mlfuncs.runs.run import compare_runs as compare_runs
+    from mlfuncs.runs.run import get_run as get_run
+    from mlfuncs.runs.run import list_runs as list_runs
+    from mlfuncs.runs.run import run as run
+    from mlfuncs.runs.search import LogUniform as LogUniform
+    from mlfuncs.runs.tracking import log_artifact as log_artifact
+    from mlfuncs.runs.tracking import log_metric as log_metric
+    from mlfuncs.runs.tracking import log_params as log_params
     from mlfuncs.secrets import secret as secret
+    from mlfuncs.serving.endpoints import Endpoint as Endpoint
+    from mlfuncs.serving.endpoints import endpoint as endpoint
+    from mlfuncs.serving.endpoints import list_endpoints as list_endpoints
     from mlfuncs.settings import Settings as Settings
     from mlfuncs.settings import read_settings as read_settings
     from mlfuncs.spec import Batch as Batch
@@ -73,9 +76,6 @@ if TYPE_CHECKING:  # for editors and type checkers; `as` marks a name as exporte
     from mlfuncs.triggers import Cron as Cron
     from mlfuncs.triggers import KafkaTopic as KafkaTopic
     from mlfuncs.triggers import RedisStream as RedisStream
-    from mlfuncs.tracking import log_artifact as log_artifact
-    from mlfuncs.tracking import log_metric as log_metric
-    from mlfuncs.tracking import log_params as log_params
 
 
 def __getattr__(name: str) -> Any:

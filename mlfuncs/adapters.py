@@ -13,11 +13,11 @@ from mlfuncs.errors import MissingExtra, NotFound
 # name -> ("package.module:attribute", the extra that brings what it needs)
 ADAPTERS: dict[str, tuple[str, str]] = {
     "target:process": ("mlfuncs_runtime.process_target:ProcessTarget", ""),
-    "target:docker": ("mlfuncs_runtime.docker_target:DockerTarget", "docker"),
-    "target:knative": ("mlfuncs_runtime.kubernetes_target:KnativeTarget", "kubernetes"),
-    "target:kubernetes": ("mlfuncs_runtime.kubernetes_target:KubernetesTarget", "kubernetes"),
-    "target:nuclio": ("mlfuncs_runtime.nuclio_target:NuclioTarget", "nuclio"),
-    "runs:docker": ("mlfuncs_runtime.docker_job:job_command", "docker"),
+    "target:docker": ("mlfuncs_runtime.docker.target:DockerTarget", "docker"),
+    "target:knative": ("mlfuncs_runtime.kubernetes.target:KnativeTarget", "kubernetes"),
+    "target:kubernetes": ("mlfuncs_runtime.kubernetes.target:KubernetesTarget", "kubernetes"),
+    "target:nuclio": ("mlfuncs_runtime.nuclio.target:NuclioTarget", "nuclio"),
+    "runs:docker": ("mlfuncs_runtime.docker.job:job_command", "docker"),
     "images:build": ("mlfuncs_runtime.rendering:build_image", "docker"),
     "images:context": ("mlfuncs_runtime.rendering:build_context", ""),
     "manifests:render": ("mlfuncs_runtime.rendering:render", ""),

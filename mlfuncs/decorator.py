@@ -12,11 +12,11 @@ from mlfuncs import adapters
 from mlfuncs.spec import Batch, FunctionSpec, Pod, Resources, Scale, slugify
 
 if TYPE_CHECKING:
-    from mlfuncs.bundle import Bundle
-    from mlfuncs.endpoints import Endpoint
-    from mlfuncs.runs import Run
-    from mlfuncs.signature import Signature
-    from mlfuncs.sweep import SweepResult
+    from mlfuncs.bundles.bundle import Bundle
+    from mlfuncs.interface.signature import Signature
+    from mlfuncs.runs.run import Run
+    from mlfuncs.runs.sweep import SweepResult
+    from mlfuncs.serving.endpoints import Endpoint
     from mlfuncs.triggers import Trigger
 
 P = ParamSpec("P")
@@ -46,7 +46,7 @@ class Function(Generic[P, R]):
         self.target = target
         self.spec = spec
         if inspect.isclass(target):
-            from mlfuncs.pickling import register_class
+            from mlfuncs.bundles.pickling import register_class
 
             register_class(self)
 
@@ -75,7 +75,7 @@ class Function(Generic[P, R]):
         return (self.target,)
 
     def __reduce__(self) -> Any:
-        from mlfuncs.pickling import reduce_function
+        from mlfuncs.bundles.pickling import reduce_function
 
         return reduce_function(self)
 
@@ -85,14 +85,14 @@ class Function(Generic[P, R]):
     @property
     def signature(self) -> Signature:
         """The typed interface: JSON Schemas in and out, validation and encoding at the border."""
-        from mlfuncs.signature import Signature
+        from mlfuncs.interface.signature import Signature
 
         return Signature.of(self.target)
 
     @property
     def bundle(self) -> Bundle:
         """The function packed with its code, spec and locked requirements; built when first asked for."""
-        from mlfuncs.bundle import build_bundle
+        from mlfuncs.bundles.bundle import build_bundle
         from mlfuncs.settings import read_settings
 
         return build_bundle(self.target, self.spec, read_settings())
@@ -113,7 +113,7 @@ class Function(Generic[P, R]):
         Raises RunFailed, from the user's own exception, when it raises. `ml.run(function, {...}, isolation="process")`
         gives the run a process of its own, in the function's environment.
         """
-        from mlfuncs.runs import run_function
+        from mlfuncs.runs.run import run_function
 
         return run_function(self, args, kwargs)
 
@@ -122,17 +122,17 @@ class Function(Generic[P, R]):
         return Function(self.target, _replace_spec(self.spec, options))
 
     def sweep(self, **options: Any) -> SweepResult:
-        """Run the function over many parameter settings; see `mlfuncs.sweep.sweep`."""
-        from mlfuncs.sweep import sweep
+        """Run the function over many parameter settings; see `mlfuncs.runs.sweep.sweep`."""
+        from mlfuncs.runs.sweep import sweep
 
         return sweep(self, **options)
 
     def deploy(self, name: str | None = None, *, target: str = "process", **options: Any) -> Endpoint:
-        """Serve the function over HTTP and return its endpoint once it answers; see `mlfuncs.endpoints.deploy`.
+        """Serve the function over HTTP and return its endpoint once it answers; see `mlfuncs.serving.endpoints.deploy`.
 
         For a class, `options` that are constructor arguments are bound to the one instance each worker makes.
         """
-        from mlfuncs.endpoints import deploy
+        from mlfuncs.serving.endpoints import deploy
 
         return deploy(self, name=name, target=target, **options)
 
@@ -174,7 +174,7 @@ def function(target: Any = None, /, **options: Any) -> Any:
 
 def function_of(target: Any, **options: Any) -> Function[Any, Any]:
     """`target` (a function, class, or Function) as a Function, under `options` of `ml.function`."""
-    from mlfuncs.signature import check_signature
+    from mlfuncs.interface.signature import check_signature
 
     if isinstance(target, Function):
         return target.with_options(**options) if options else target

@@ -138,7 +138,7 @@ class Catalog:
             return own
         if not digest:
             raise SpecError(f"{definition.kind} {definition.name!r} has no function; define it with the decorator")
-        from mlfuncs.bundle import open_bundle
+        from mlfuncs.bundles.bundle import open_bundle
 
         return open_bundle(digest, self.settings).load()
 
@@ -150,7 +150,7 @@ class Catalog:
         function = getattr(one, "transform", None) or getattr(one, "function", None)
         if function is None:
             return one
-        from mlfuncs.bundle import build_bundle
+        from mlfuncs.bundles.bundle import build_bundle
         from mlfuncs.spec import FunctionSpec, slugify
 
         digest = build_bundle(function, FunctionSpec(name=slugify(one.name)), self.settings).digest

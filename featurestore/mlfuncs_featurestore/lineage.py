@@ -18,7 +18,7 @@ RECENT_RUNS = 500
 
 def note_versions(versions: Mapping[str, int]) -> None:
     """Inside a run, keep the table versions a training set read as its parameters; elsewhere do nothing."""
-    from mlfuncs.tracking import current_run, log_params
+    from mlfuncs.runs.tracking import current_run, log_params
 
     if current_run() is not None:
         log_params({f"{PARAM}{view}": version for view, version in versions.items()})

@@ -77,7 +77,7 @@ class FeatureReader:
         return self._filled(target, skip=0)
 
     def _filled(self, function: Callable[..., Any], skip: int) -> Callable[..., Any]:
-        from mlfuncs.hints import resolved_hints
+        from mlfuncs.interface.hints import resolved_hints
 
         hints = resolved_hints(function)
         parameters = list(inspect.signature(function).parameters.values())[skip:]

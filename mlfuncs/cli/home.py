@@ -65,7 +65,7 @@ def _overview() -> dict[str, Any]:
     values = _target().overview()
     if settings.registry_url or (settings.home / "registry.db").exists():
         from mlfuncs.registry import open_registry, site_id
-        from mlfuncs.targets import open_target
+        from mlfuncs.serving.targets import open_target
 
         known = {endpoint["name"] for endpoint in values["endpoints"]}
         for row in open_registry(settings).endpoints.list():
@@ -80,8 +80,8 @@ def _overview() -> dict[str, Any]:
 
 
 def _stopped(row: Any, here: bool) -> dict[str, Any]:
-    from mlfuncs.rollouts import serving_revision
-    from mlfuncs.targets import EndpointStatus, router_url
+    from mlfuncs.serving.rollouts import serving_revision
+    from mlfuncs.serving.targets import EndpointStatus, router_url
 
     message = "the supervisor does not run: mlfuncs up" if here else f"served from another home (site {row.site})"
     traffic = row.desired.get("traffic") or {}

@@ -42,7 +42,7 @@ def models(limit: int, json_wanted: bool) -> None:
 @as_json
 def logs(name: str, follow: bool, lines: int, json_wanted: bool) -> None:
     """Show the log of the endpoint NAME, or of the run whose id starts with NAME."""
-    from mlfuncs.endpoints import endpoint
+    from mlfuncs.serving.endpoints import endpoint
 
     try:
         found = endpoint(name)
@@ -58,7 +58,7 @@ def logs(name: str, follow: bool, lines: int, json_wanted: bool) -> None:
 
 
 def _run_logs(name: str, lines: int, json_wanted: bool, no_endpoint: NotFound) -> None:
-    from mlfuncs.runs import get_run
+    from mlfuncs.runs.run import get_run
 
     try:
         run = get_run(name)
@@ -82,7 +82,7 @@ def _endpoints(limit: int) -> Rows:
 
 def _runs(limit: int, pipeline: str | None = None) -> Rows:
     from mlfuncs.display import format_time
-    from mlfuncs.runs import list_runs
+    from mlfuncs.runs.run import list_runs
 
     rows = [
         {

@@ -10,7 +10,7 @@ from mlfuncs.cli.output import as_json, emit, only_json, parse_assignments
 from mlfuncs.errors import SpecError
 
 if TYPE_CHECKING:
-    from mlfuncs.runs import Run
+    from mlfuncs.runs.run import Run
 
 
 @click.command()
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def run(target: str, params: tuple[str, ...], isolated: bool, json_wanted: bool) -> None:
     """Run a function as a tracked run and print its id, status, metrics and outputs."""
     from mlfuncs.loading import load_target
-    from mlfuncs.runs import run_function
+    from mlfuncs.runs.run import run_function
 
     given = parse_assignments(params, "--param")
     with only_json(json_wanted):
@@ -50,9 +50,9 @@ def deploy(target: str, json_wanted: bool, **options: Any) -> None:
 
     The constructor's arguments of a class are given with --init: JSON, or an output of an earlier run as @RUN/OUTPUT.
     """
-    from mlfuncs import endpoints
-    from mlfuncs.deployment import with_scale
     from mlfuncs.nuclio_source import load_deployable
+    from mlfuncs.serving import endpoints
+    from mlfuncs.serving.deployment import with_scale
 
     with only_json(json_wanted):
         function = load_deployable(target)
@@ -82,7 +82,7 @@ def _resolve(value: Any) -> Any:
     if not isinstance(value, str) or not value.startswith("@"):
         return value
     from mlfuncs.errors import NotFound
-    from mlfuncs.runs import get_run
+    from mlfuncs.runs.run import get_run
 
     run_id, _, output = value[1:].partition("/")
     outputs = get_run(run_id).outputs

@@ -21,7 +21,7 @@ _name = click.argument("name")
 @as_json
 def invoke(name: str, data: str, token: str, timeout_s: float | None, json_wanted: bool) -> None:
     """Call an endpoint and print its answer."""
-    from mlfuncs.endpoints import endpoint
+    from mlfuncs.serving.endpoints import endpoint
 
     found = endpoint(name, token=token)
     answer = found.invoke_json(parse_data(data), timeout_s=timeout_s)
@@ -34,7 +34,7 @@ def invoke(name: str, data: str, token: str, timeout_s: float | None, json_wante
 @as_json
 def traffic(name: str, shares: tuple[str, ...], json_wanted: bool) -> None:
     """Split an endpoint's requests between revisions by relative shares, e.g. rev-1=90 rev-2=10."""
-    from mlfuncs.endpoints import endpoint
+    from mlfuncs.serving.endpoints import endpoint
 
     wanted = {}
     for pair in shares:
@@ -52,7 +52,7 @@ def traffic(name: str, shares: tuple[str, ...], json_wanted: bool) -> None:
 @as_json
 def promote(name: str, revision: str | None, json_wanted: bool) -> None:
     """Give all requests to REVISION (default: the latest)."""
-    from mlfuncs.endpoints import endpoint
+    from mlfuncs.serving.endpoints import endpoint
 
     endpoint(name).promote(revision)
     _say(name, json_wanted)
@@ -63,7 +63,7 @@ def promote(name: str, revision: str | None, json_wanted: bool) -> None:
 @as_json
 def rollback(name: str, json_wanted: bool) -> None:
     """Give all requests back to what served before the last change."""
-    from mlfuncs.endpoints import endpoint
+    from mlfuncs.serving.endpoints import endpoint
 
     endpoint(name).rollback()
     _say(name, json_wanted)
@@ -76,7 +76,7 @@ def rollback(name: str, json_wanted: bool) -> None:
 @as_json
 def mirror(name: str, revision: str, percent: int, json_wanted: bool) -> None:
     """Copy PERCENT of the requests to REVISION, whose answers nobody sees; 0 ends it."""
-    from mlfuncs.endpoints import endpoint
+    from mlfuncs.serving.endpoints import endpoint
 
     endpoint(name).mirror(revision, percent)
     _say(name, json_wanted)
@@ -90,7 +90,7 @@ def mirror(name: str, revision: str, percent: int, json_wanted: bool) -> None:
 @as_json
 def tag(name: str, tag: str, revision: str | None, remove: bool, json_wanted: bool) -> None:
     """Let REVISION answer alone at an address of its own, /NAME--TAG."""
-    from mlfuncs.endpoints import endpoint
+    from mlfuncs.serving.endpoints import endpoint
 
     if bool(revision) == remove:
         raise SpecError("give a REVISION for the tag, or --remove")
@@ -104,7 +104,7 @@ def tag(name: str, tag: str, revision: str | None, remove: bool, json_wanted: bo
 @as_json
 def token(name: str, revoke: str | None, json_wanted: bool) -> None:
     """Create a token that callers of the endpoint must send, or revoke one. At most two are valid at once."""
-    from mlfuncs.endpoints import endpoint
+    from mlfuncs.serving.endpoints import endpoint
 
     if revoke:
         endpoint(name).revoke_token(None if revoke == "oldest" else revoke)
@@ -119,7 +119,7 @@ def token(name: str, revoke: str | None, json_wanted: bool) -> None:
 @as_json
 def delete(name: str, json_wanted: bool) -> None:
     """Take an endpoint away; requests in flight are answered first."""
-    from mlfuncs.endpoints import endpoint
+    from mlfuncs.serving.endpoints import endpoint
 
     endpoint(name).delete()
     emit({"name": name, "deleted": True}, json_wanted, f"{name} is deleted")
@@ -127,7 +127,7 @@ def delete(name: str, json_wanted: bool) -> None:
 
 def _say(name: str, json_wanted: bool) -> None:
     """Print the endpoint's traffic as it is now."""
-    from mlfuncs.endpoints import endpoint
+    from mlfuncs.serving.endpoints import endpoint
 
     status: Any = endpoint(name).status()
     values = {key: status.to_dict()[key] for key in ("name", "url", "revision", "traffic")}

@@ -73,7 +73,7 @@ class PickleCodec:
         self.kind = kind
 
     def encode(self, value: Any, sink: BinaryIO) -> dict[str, Any]:
-        from mlfuncs.portable import dump_portable
+        from mlfuncs.bundles.portable import dump_portable
 
         try:
             dump_portable(value, sink)

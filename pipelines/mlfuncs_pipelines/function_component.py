@@ -14,7 +14,7 @@ from kfp.dsl import base_component, importer_node, pipeline_channel, pipeline_ta
 from kfp.dsl import for_loop as kfp_loops
 from kfp.dsl.types import artifact_types, type_utils
 
-from mlfuncs.bundle import Bundle, build_bundle
+from mlfuncs.bundles.bundle import Bundle, build_bundle
 from mlfuncs.decorator import Function
 from mlfuncs.errors import InvalidInput, MlfuncsError, SpecError
 from mlfuncs.settings import Settings, read_settings

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mlfuncs.errors import InvalidInput, SignatureError
-from mlfuncs.signature import Parameter, Signature
+from mlfuncs.interface.signature import Parameter, Signature
 
 Form = Literal["value", "json", "artifact"]  # "json": the value's JSON as the text of a STRING
 _NATIVE = {
@@ -200,7 +200,7 @@ _BORDERS: dict[Any, Any] = {}
 
 
 def _border(name: str, hint: Any) -> tuple[Any, Any]:
-    from mlfuncs.validation import Checker, Writer
+    from mlfuncs.interface.validation import Checker, Writer
 
     key = (name, id(hint))
     if key not in _BORDERS:
@@ -210,7 +210,7 @@ def _border(name: str, hint: Any) -> tuple[Any, Any]:
 
 
 def _reader(port: Port) -> Any:
-    from mlfuncs.validation import Reader
+    from mlfuncs.interface.validation import Reader
 
     key = ("reader", port.name, id(port.hint))
     if key not in _BORDERS:
@@ -274,7 +274,7 @@ def _is_json(hint: Any) -> bool:
         return True
     if any(_artifact_title(leaf) for leaf in _leaves(hint)):
         return False
-    from mlfuncs.validation import Writer
+    from mlfuncs.interface.validation import Writer
 
     try:
         return bool(Writer("value", hint).schema is not None)
@@ -293,6 +293,6 @@ def _leaves(hint: Any) -> Iterator[Any]:
 
 def _is_text(hint: Any) -> bool:
     """Whether the type's JSON is always a string: datetime, date, UUID, Path, Decimal and the like."""
-    from mlfuncs.validation import Writer
+    from mlfuncs.interface.validation import Writer
 
     return Writer("value", hint).schema.get("type") == "string"

@@ -35,10 +35,10 @@ _STEP_MODULES = (
     "mlfuncs_pipelines.step",
     "mlfuncs_pipelines.ports",
     "mlfuncs_pipelines.artifact_files",
-    "mlfuncs.bundle",
-    "mlfuncs.packing",
-    "mlfuncs.execution",
-    "mlfuncs.validation",
+    "mlfuncs.bundles.bundle",
+    "mlfuncs.bundles.packing",
+    "mlfuncs.runs.execution",
+    "mlfuncs.interface.validation",
 )
 _DEFAULT_TIMEOUT_S = FunctionSpec(name="x").timeout_s  # meant for requests; a step has no limit unless one is set
 
@@ -113,7 +113,7 @@ def _plan_step(
     label: str, container: Mapping[str, Any], ours: OurStep, env: Mapping[str, str], settings: Settings
 ) -> Plan:
     """A plan for a decorated function: its bundle opened and verified, its interpreter ready."""
-    from mlfuncs.bundle import open_bundle
+    from mlfuncs.bundles.bundle import open_bundle
     from mlfuncs.secrets import resolve_secrets
     from mlfuncs_pipelines.step import unpack_inline
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from mlfuncs.errors import MlfuncsError
-from mlfuncs.journal import read_entries
-from mlfuncs.liveness import this_process
-from mlfuncs.records import Batch
 from mlfuncs.registry import Registry, RunArtifact, RunRow, open_registry
+from mlfuncs.runs.journal import read_entries
+from mlfuncs.runs.liveness import this_process
+from mlfuncs.runs.records import Batch
 from mlfuncs.settings import Settings
 from mlfuncs_pipelines.engine import Observer
 from mlfuncs_pipelines.run_log import PipelineRun, StepRecord, step_run_id

@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 # what a call imports late; a forked step finds it loaded
 _LATER = (
     "mlfuncs.codecs",
-    "mlfuncs.execution",
-    "mlfuncs.journal",
+    "mlfuncs.runs.execution",
+    "mlfuncs.runs.journal",
     "mlfuncs.secrets",
-    "mlfuncs.tracking",
+    "mlfuncs.runs.tracking",
     "mlfuncs_pipelines.artifact_files",
 )
 
@@ -82,10 +82,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 def load(step: Mapping[str, Any]) -> Loaded:
     """Open the verified bundle and load the function. Raises NotFound or UntrustedError with nothing loaded."""
-    from mlfuncs.bundle import open_bundle
+    from mlfuncs.bundles.bundle import open_bundle
     from mlfuncs.decorator import Function
+    from mlfuncs.interface.signature import Signature
     from mlfuncs.settings import read_settings
-    from mlfuncs.signature import Signature
     from mlfuncs_pipelines.ports import input_ports, output_ports
 
     settings = read_settings()
@@ -144,7 +144,7 @@ def execute(loaded: Loaded, call: Call) -> None:
 
 def unpack_inline(digest: str, encoded: str, settings: Settings | None = None) -> None:
     """Put a bundle that came with the command where bundles are found; its signature is checked when it is opened."""
-    from mlfuncs.bundle_store import check_digest
+    from mlfuncs.bundles.store import check_digest
     from mlfuncs.settings import ensure_home, read_settings
 
     settings = settings or read_settings()
@@ -192,13 +192,13 @@ def _read_artifacts(loaded: Loaded, name: str, artifacts: list[Mapping[str, Any]
 
 
 def _call(loaded: Loaded, values: Mapping[str, Any], call: Call) -> Any:
-    from mlfuncs.execution import invoke
+    from mlfuncs.runs.execution import invoke
 
     if call.track is None:
         return invoke(loaded.target, values)
-    from mlfuncs.journal import Journal
+    from mlfuncs.runs.journal import Journal
+    from mlfuncs.runs.tracking import ActiveRun, activate
     from mlfuncs.secrets import available_secrets
-    from mlfuncs.tracking import ActiveRun, activate
 
     secrets = available_secrets(loaded.spec.secrets, loaded.settings)
     run = ActiveRun(call.track.run_id, loaded.settings, Journal(Path(call.track.journal)), secrets)

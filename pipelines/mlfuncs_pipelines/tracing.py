@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from mlfuncs.errors import SpecError
-from mlfuncs.hints import resolved_hints
+from mlfuncs.interface.hints import resolved_hints
 from mlfuncs_pipelines.ports import Port, classify, encode_constant, output_port, strip_optional
 
 _NATIVE: dict[str, Any] = {

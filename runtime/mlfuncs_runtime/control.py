@@ -14,8 +14,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mlfuncs.client import error_of
 from mlfuncs.errors import InvalidInput, MlfuncsError, Unavailable
+from mlfuncs.serving.client import error_of
 
 Handler = Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]
 

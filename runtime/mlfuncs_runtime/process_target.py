@@ -17,13 +17,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlfuncs.client import error_of
 from mlfuncs.errors import Conflict, DeployFailed, MlfuncsError, NotFound, Unavailable
+from mlfuncs.serving.client import error_of
+from mlfuncs.serving.targets import EndpointStatus, ReplicaStatus, Report, router_url
 from mlfuncs.settings import Settings
-from mlfuncs.targets import EndpointStatus, ReplicaStatus, Report, router_url
-from mlfuncs_runtime import processes
 from mlfuncs_runtime.control import call
-from mlfuncs_runtime.places import find_places, make_places, read_json, remove_sockets
+from mlfuncs_runtime.supervisor import processes
+from mlfuncs_runtime.supervisor.places import find_places, make_places, read_json, remove_sockets
 
 if TYPE_CHECKING:
     from mlfuncs.registry import EndpointRow
@@ -76,7 +76,7 @@ class ProcessTarget:
 
     def logs(self, row: EndpointRow, n: int, follow: bool) -> Iterator[str]:
         """The last lines of the newest revision that has written any, and then every further one of all revisions."""
-        from mlfuncs_runtime.orders import tail
+        from mlfuncs_runtime.supervisor.orders import tail
 
         folder = self._places.logs / "endpoints" / row.name
         logs = sorted(folder.glob("*.log"), key=_last_write)
@@ -141,7 +141,9 @@ class ProcessTarget:
         """Start a supervisor and wait until it answers; another process may be quicker. Raises why it cannot."""
         make_places(self._settings)
         reader, writer = os.pipe()
-        command = processes.module_command(sys.executable, "mlfuncs_runtime.supervisor", "--ready-fd", str(writer))
+        command = processes.module_command(
+            sys.executable, "mlfuncs_runtime.supervisor.process", "--ready-fd", str(writer)
+        )
         with open(self._places.logs / "supervisor.log", "ab") as log:
             child = subprocess.Popen(
                 command,
@@ -175,7 +177,7 @@ class ProcessTarget:
             time.sleep(0.02)
 
     def _check_registry(self, answer: dict[str, Any]) -> None:
-        from mlfuncs_runtime.orders import registry_mark
+        from mlfuncs_runtime.supervisor.orders import registry_mark
 
         if answer["registry"] != registry_mark(self._settings.resolved_registry_url):
             raise Conflict(
@@ -190,7 +192,7 @@ class ProcessTarget:
 
     def _give_up(self, row: EndpointRow, rollout: str, message: str) -> None:
         from mlfuncs.registry import open_registry
-        from mlfuncs.rollouts import fail_rollout, outcome_of
+        from mlfuncs.serving.rollouts import fail_rollout, outcome_of
 
         endpoints = open_registry(self._settings).endpoints
         after = endpoints.update(row.name, lambda desired, _row: fail_rollout(desired, rollout, message))
@@ -230,7 +232,7 @@ class ProcessTarget:
 
 def _is_supervisor(pid: int) -> bool:
     with suppress(OSError):
-        return b"mlfuncs_runtime.supervisor" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return b"mlfuncs_runtime.supervisor.process" in Path(f"/proc/{pid}/cmdline").read_bytes()
     return False
 
 

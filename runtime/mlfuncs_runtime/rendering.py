@@ -9,7 +9,7 @@ from typing import Any
 
 from mlfuncs.decorator import Function
 from mlfuncs.errors import NotFound, SpecError
-from mlfuncs.revision_config import RevisionConfig
+from mlfuncs.serving.revision_config import RevisionConfig
 from mlfuncs.settings import Settings
 from mlfuncs_runtime.images.builder import BuiltImage, ImageBuilder, Report
 from mlfuncs_runtime.images.image import BaseImage, Image
@@ -88,7 +88,7 @@ def render(function: Function[Any, Any], target: str, settings: Settings, image:
 
 def differences(documents: Sequence[Manifest], settings: Settings, cluster: Any = None) -> list[dict[str, Any]]:
     """How the cluster's objects would change, by a dry run of the apply: [{kind, name, change, diff}]."""
-    from mlfuncs_runtime.cluster import Cluster, kind_of
+    from mlfuncs_runtime.kubernetes.cluster import Cluster, kind_of
 
     cluster = cluster or Cluster(settings.kubernetes_namespace)
     found = []
@@ -113,7 +113,7 @@ def render_platform(settings: Settings, compose: bool) -> list[Manifest]:
 
 def _nuclio(function: Function[Any, Any], workload: Workload, settings: Settings) -> Rendered:
     from mlfuncs_runtime.manifests.nuclio import nuclio_warnings, render_nuclio
-    from mlfuncs_runtime.nuclio_code import nuclio_code
+    from mlfuncs_runtime.nuclio.code import nuclio_code
 
     document = render_nuclio(workload, nuclio_code(function.bundle.digest, settings))
     return Rendered([document], nuclio_warnings(workload))

@@ -14,11 +14,11 @@ import time
 from pathlib import Path
 
 import mlfuncs as ml
-from mlfuncs.bundle import build_bundle
+from mlfuncs.bundles.bundle import build_bundle
 from mlfuncs.settings import Settings
 from mlfuncs_featurestore import Aggregation, Entity, FeatureStore, FeatureView
 from mlfuncs_featurestore.redis_embedded import stop_embedded
-from mlfuncs_runtime.worker_config import WorkerConfig
+from mlfuncs_runtime.worker.config import WorkerConfig
 
 ROOT = Path(__file__).parents[2]
 FEATURES = ("spend:amount_sum_1h", "spend:amount")
@@ -61,7 +61,7 @@ def test_a_worker_reads_the_features_of_its_callers_keys(tmp_path):
     (tmp_path / "worker.json").write_text(json.dumps(config.to_dict()))
     environ = {**os.environ, **settings.to_environ()}
     environ["PYTHONPATH"] = os.pathsep.join(str(ROOT / part) for part in ("", "runtime", "featurestore"))
-    command = [sys.executable, "-m", "mlfuncs_runtime.worker", "--config", str(tmp_path / "worker.json")]
+    command = [sys.executable, "-m", "mlfuncs_runtime.worker.process", "--config", str(tmp_path / "worker.json")]
     process = subprocess.Popen(command, env=environ, cwd=tmp_path)
     try:
         deadline = time.monotonic() + 60

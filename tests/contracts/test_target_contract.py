@@ -9,11 +9,11 @@ import pytest
 
 import mlfuncs as ml
 from mlfuncs import adapters
-from mlfuncs.endpoints import Endpoint, deploy, endpoint, list_endpoints
 from mlfuncs.errors import NotFound
 from mlfuncs.registry import open_registry
+from mlfuncs.serving.endpoints import Endpoint, deploy, endpoint, list_endpoints
+from mlfuncs.serving.targets import open_target
 from mlfuncs.settings import Settings, read_settings
-from mlfuncs.targets import open_target
 
 
 class TargetContract:

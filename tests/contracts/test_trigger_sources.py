@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 
-from mlfuncs.client import error_of
 from mlfuncs.errors import MlfuncsError, Unavailable
+from mlfuncs.serving.client import error_of
 from mlfuncs.triggers import KafkaTopic, RedisStream
-from mlfuncs_runtime.trigger_pump import Message, Policy, Pump, Source
+from mlfuncs_runtime.triggers.pump import Message, Policy, Pump, Source
 
 
 class MemoryBroker:
@@ -83,7 +83,7 @@ class RedisBroker:
         self.client.xadd(self.stream, {"body": body})
 
     def open(self, consumer: str = "one", claim_after_s: float = 60.0) -> Source:
-        from mlfuncs_runtime.redis_trigger import RedisStreamSource
+        from mlfuncs_runtime.triggers.redis import RedisStreamSource
 
         return RedisStreamSource(RedisStream(self.stream), self.url, consumer, claim_after_s)
 
@@ -106,7 +106,7 @@ class KafkaBroker:
         assert self.producer.flush(10) == 0
 
     def open(self) -> Source:
-        from mlfuncs_runtime.kafka_trigger import KafkaSource
+        from mlfuncs_runtime.triggers.kafka import KafkaSource
 
         return KafkaSource(KafkaTopic(self.topic, servers=self.servers), self.servers, self.options)
 
@@ -297,7 +297,7 @@ def test_tries_that_ended_with_their_process_count(redis_server: str) -> None:
 
 def test_a_server_that_is_away_is_an_unavailable_that_names_the_stream(tmp_path: Path) -> None:
     pytest.importorskip("redis")
-    from mlfuncs_runtime.redis_trigger import RedisStreamSource
+    from mlfuncs_runtime.triggers.redis import RedisStreamSource
 
     source = RedisStreamSource(RedisStream("orders"), f"unix://{tmp_path}/none.sock", "one")
     with pytest.raises(Unavailable, match="orders"):

@@ -27,10 +27,10 @@ from pydantic import BaseModel
 from sklearn.base import BaseEstimator
 from sklearn.linear_model import LogisticRegression
 
-from mlfuncs.borders import adapt, python_only
 from mlfuncs.errors import InvalidInput, SignatureError
+from mlfuncs.interface.borders import adapt, python_only
+from mlfuncs.interface.signature import Signature
 from mlfuncs.results import HTML, ClassificationMetrics, Markdown, Metrics
-from mlfuncs.signature import Signature
 
 matplotlib.use("agg")
 PARIS_WINTER = datetime.timezone(datetime.timedelta(hours=1))

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from mlfuncs import bundle as bundle_module
-from mlfuncs import bundle_store
-from mlfuncs.archive import read_archive, write_archive
-from mlfuncs.bundle import Manifest, build_bundle, open_bundle
+from mlfuncs.bundles import bundle as bundle_module
+from mlfuncs.bundles import store as bundle_store
+from mlfuncs.bundles.archive import read_archive, write_archive
+from mlfuncs.bundles.bundle import Manifest, build_bundle, open_bundle
 from mlfuncs.errors import BundleError, NotFound, StorageError, UntrustedError
 from mlfuncs.settings import Settings
 from mlfuncs.signing import project_key
@@ -47,14 +47,14 @@ def run(code: str, folder: Path, home: Path, seed: int = 0) -> str:
 BUILD = """
 if __name__ == "__main__":
     import mlfuncs as ml
-    from mlfuncs.bundle import build_bundle
+    from mlfuncs.bundles.bundle import build_bundle
     from mlfuncs.decorator import function_of
     function = function_of({name})
     print(build_bundle(function.target, function.spec, ml.read_settings()).digest)
 """
 LOAD = """
 import mlfuncs as ml
-from mlfuncs.bundle import open_bundle
+from mlfuncs.bundles.bundle import open_bundle
 opened = open_bundle("{digest}", ml.read_settings())
 f = opened.load()
 {code}
@@ -132,7 +132,7 @@ def test_helpers_classes_and_globals_of_a_script_go_along(tmp_path: Path) -> Non
         assert got == Pair(2.0 + 6.0 + 55 + True + 11, fields["color"].BLUE), got
         assert "return Pair(" in inspect.getsource(inspect.unwrap(f))
         assert opened.manifest.requirements[0].startswith("numpy=="), opened.manifest
-        from mlfuncs.signature import Signature
+        from mlfuncs.interface.signature import Signature
         body = b'{"row": {"x": 1.5, "kids": [{"x": 1, "color": "b"}]}}'
         assert Signature.of(f).validate_json(body)["row"].kids[0].color is fields["color"].BLUE
         print("fine")
@@ -317,7 +317,7 @@ def test_a_notebooks_functions_can_be_bundled(tmp_path: Path) -> None:
     home = tmp_path / "home"
     cells = [
         "from __future__ import annotations\nimport dataclasses\nimport mlfuncs as ml\n"
-        "from mlfuncs.bundle import build_bundle",
+        "from mlfuncs.bundles.bundle import build_bundle",
         "@dataclasses.dataclass\nclass Row:\n    x: int\nK = 2\ndef helper(r: Row): return r.x * K",
         "@ml.function\ndef f(row: Row) -> int:\n    return helper(row)",
         "first = build_bundle(f.target, f.spec, ml.read_settings())",

@@ -16,7 +16,6 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mlfuncs import client
 from mlfuncs.errors import (
     DeadlineExceeded,
     InvalidInput,
@@ -25,7 +24,8 @@ from mlfuncs.errors import (
     Overloaded,
     Unavailable,
 )
-from mlfuncs.request_context import CURRENT_REQUEST, RequestContext
+from mlfuncs.serving import client
+from mlfuncs.serving.request_context import CURRENT_REQUEST, RequestContext
 
 Reply = Callable[[BaseHTTPRequestHandler, bytes], tuple[int, dict[str, str], bytes]]
 

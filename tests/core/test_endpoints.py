@@ -7,9 +7,9 @@ import hashlib
 import pytest
 
 import mlfuncs as ml
-from mlfuncs.endpoints import Endpoint, deploy, endpoint, list_endpoints
 from mlfuncs.errors import Conflict, InvalidInput, NotFound, SecretMissing, SpecError
 from mlfuncs.registry import open_registry
+from mlfuncs.serving.endpoints import Endpoint, deploy, endpoint, list_endpoints
 from mlfuncs.settings import Settings
 
 

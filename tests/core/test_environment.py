@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from mlfuncs import own
-from mlfuncs.bundle import build_bundle
-from mlfuncs.environment import (
+from mlfuncs.bundles.bundle import build_bundle
+from mlfuncs.environments import own
+from mlfuncs.environments.environment import (
     environment_digest,
     environment_for,
     expand_own,
@@ -24,8 +24,8 @@ from mlfuncs.environment import (
     own_extras,
     satisfied_here,
 )
+from mlfuncs.environments.installed import Distribution, Installed, canonicalize_name, installed
 from mlfuncs.errors import EnvironmentFailed
-from mlfuncs.installed import Distribution, Installed, canonicalize_name, installed
 from mlfuncs.settings import Settings
 from mlfuncs.spec import FunctionSpec
 
@@ -38,7 +38,7 @@ def settings(tmp_path: Path) -> Settings:
 @pytest.fixture
 def no_uv(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fails the test when uv is called."""
-    from mlfuncs import uv_commands
+    from mlfuncs.environments import uv_commands
 
     def called(*_: object) -> None:
         raise AssertionError("uv was called")
@@ -215,7 +215,7 @@ def test_hashes_are_locked_when_asked_for(settings: Settings) -> None:
 RUN = """
 import sys
 from pathlib import Path
-from mlfuncs.bundle import open_bundle
+from mlfuncs.bundles.bundle import open_bundle
 from mlfuncs.settings import Settings
 opened = open_bundle(sys.argv[1], Settings(home=Path(sys.argv[2]), project="shop"))
 assert opened.python() == Path(sys.executable), (opened.python(), sys.executable)
@@ -255,7 +255,7 @@ def test_two_versions_of_a_package_live_side_by_side(tmp_path: Path) -> None:
 def test_builders_that_start_together_build_once(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from mlfuncs.settings import Settings\n"
-        "from mlfuncs.environment import environment_for\n"
+        "from mlfuncs.environments.environment import environment_for\n"
         "print(environment_for(['inflection==0.5.1'], Settings(home=Path(sys.argv[1]), project='shop')))"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]

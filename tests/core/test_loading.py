@@ -51,7 +51,7 @@ def test_a_decorated_function_is_found_as_itself(tmp_path: Path) -> None:
     ],
 )
 def test_undecorated_things_become_functions(tmp_path: Path, code: str, kind: str) -> None:
-    from mlfuncs.signature import function_kind
+    from mlfuncs.interface.signature import function_kind
 
     write(tmp_path, f"plain_{kind}.py", code)
     found = load_target(f"plain_{kind}.py:thing", cwd=tmp_path)
@@ -111,7 +111,7 @@ def test_a_notebook_runs_its_code_cells_without_magics(tmp_path: Path) -> None:
     write(tmp_path, "work_f.ipynb", json.dumps(notebook))
     found = load_target("work_f.ipynb:f", cwd=tmp_path)
     assert found(9.0) == 3.0
-    from mlfuncs.source import snippet_of
+    from mlfuncs.bundles.source import snippet_of
 
     assert "math.sqrt" in snippet_of(found.target).text
 

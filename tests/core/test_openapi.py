@@ -13,8 +13,8 @@ from pydantic import BaseModel, Field, computed_field
 from sklearn.linear_model import LogisticRegression
 
 from mlfuncs.errors import SignatureError
-from mlfuncs.openapi import openapi
-from mlfuncs.signature import Signature
+from mlfuncs.interface.openapi import openapi
+from mlfuncs.interface.signature import Signature
 
 
 class Item(BaseModel):

@@ -17,7 +17,7 @@ class Net(Base):
 """
 WRITE = """
 import sys
-from mlfuncs.portable import dump_portable
+from mlfuncs.bundles.portable import dump_portable
 from shop_nets import Net, helper
 class Local:
     def go(self): return 5
@@ -107,7 +107,7 @@ def test_installed_classes_go_by_name_alone(tmp_path: Path) -> None:
 
     import numpy as np
 
-    from mlfuncs.portable import dump_portable
+    from mlfuncs.bundles.portable import dump_portable
 
     sink = io.BytesIO()
     dump_portable([np.float64, Decimal("1")], sink)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from mlfuncs.deployment import shift_traffic
 from mlfuncs.errors import Conflict, NotFound, SpecError
-from mlfuncs.rollouts import (
+from mlfuncs.serving.deployment import shift_traffic
+from mlfuncs.serving.rollouts import (
     check_traffic,
     complete_rollout,
     fail_rollout,

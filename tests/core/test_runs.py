@@ -25,7 +25,6 @@ import pytest
 from sklearn.linear_model import LinearRegression
 
 import mlfuncs as ml
-from mlfuncs.comparison import prefers_lower
 from mlfuncs.errors import (
     Conflict,
     DeadlineExceeded,
@@ -36,11 +35,12 @@ from mlfuncs.errors import (
     SpecError,
     StorageError,
 )
-from mlfuncs.journal import Journal
-from mlfuncs.liveness import LEASE_S, is_alive, machine, this_process
-from mlfuncs.records import journal_path
 from mlfuncs.registry import RunRow, open_registry
-from mlfuncs.values import Artifact
+from mlfuncs.runs.comparison import prefers_lower
+from mlfuncs.runs.journal import Journal
+from mlfuncs.runs.liveness import LEASE_S, is_alive, machine, this_process
+from mlfuncs.runs.records import journal_path
+from mlfuncs.runs.values import Artifact
 
 
 def wait_until(holds, timeout_s=30.0):
@@ -513,7 +513,7 @@ class TestIsolated:
         assert run.cancel().status == "cancelled"
 
     def test_one_that_ignores_interrupts_is_killed(self, monkeypatch):
-        monkeypatch.setattr("mlfuncs.isolation.GRACE_S", 0.3)
+        monkeypatch.setattr("mlfuncs.runs.isolation.GRACE_S", 0.3)
 
         def stubborn() -> None:
             signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from mlfuncs.decorator import function
 from mlfuncs.errors import InvalidInput, SignatureError
-from mlfuncs.signature import Parameter, Signature, check_signature, function_kind
+from mlfuncs.interface.signature import Parameter, Signature, check_signature, function_kind
 
 
 class Payment(BaseModel):
@@ -92,7 +92,7 @@ class TestDecoration:
     def test_checking_imports_neither_pydantic_nor_numpy(self) -> None:
         code = """
             import sys
-            from mlfuncs.signature import check_signature, function_kind, Signature
+            from mlfuncs.interface.signature import check_signature, function_kind, Signature
             def f(x: "list[float]", k: int = 1) -> float: ...
             check_signature(f); function_kind(f); Signature.of(f).parameters
             print([name for name in ("pydantic", "numpy", "pandas", "orjson") if name in sys.modules])
@@ -199,7 +199,7 @@ class TestHints:
                 """
                 from __future__ import annotations
                 from dataclasses import dataclass
-                from mlfuncs.signature import Signature
+                from mlfuncs.interface.signature import Signature
                 def f(x: Later) -> float: ...
                 @dataclass
                 class Later:

@@ -19,13 +19,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlfuncs.closure import digest_of, walk_closure
+from mlfuncs.bundles.closure import digest_of, walk_closure
+from mlfuncs.bundles.siblings import collect_siblings
+from mlfuncs.bundles.source import absolute_imports, code_names, git_commit, snippet_of
 from mlfuncs.errors import BundleError
-from mlfuncs.hints import known_hints
-from mlfuncs.siblings import collect_siblings
-from mlfuncs.source import absolute_imports, code_names, git_commit, snippet_of
+from mlfuncs.interface.hints import known_hints
 
-SHOW = "\nimport sys\nfrom mlfuncs.closure import walk_closure\nsys.stdout.write(walk_closure({name}).digest)\n"
+SHOW = "\nimport sys\nfrom mlfuncs.bundles.closure import walk_closure\nsys.stdout.write(walk_closure({name}).digest)\n"
 
 
 def digest(code: str, folder: Path, name: str = "f", seed: int = 0, how: str = "script") -> str:

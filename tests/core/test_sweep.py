@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 import mlfuncs as ml
 from mlfuncs.errors import InvalidInput, NotFound, RunFailed, SpecError
-from mlfuncs.objective import Objective, plot_values
-from mlfuncs.search import LogUniform, grid_points, random_points
+from mlfuncs.runs.objective import Objective, plot_values
+from mlfuncs.runs.search import LogUniform, grid_points, random_points
 
 
 @ml.function

@@ -17,8 +17,8 @@ import pytest
 
 import mlfuncs as ml
 from mlfuncs.errors import Conflict, InvalidInput, StorageError
-from mlfuncs.journal import Journal, read_entries
-from mlfuncs.records import journal_path
+from mlfuncs.runs.journal import Journal, read_entries
+from mlfuncs.runs.records import journal_path
 
 
 def wait_until(holds, timeout_s=30.0):

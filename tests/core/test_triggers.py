@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 import mlfuncs as ml
-from mlfuncs.deployment import read_options
 from mlfuncs.errors import SpecError
+from mlfuncs.serving.deployment import read_options
 from mlfuncs.spec import FunctionSpec
 
 EVERY = [

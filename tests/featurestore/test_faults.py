@@ -26,7 +26,7 @@ from pathlib import Path
 home = Path(sys.argv[1])
 sys.path.insert(0, sys.argv[2])
 import deltalake, pyarrow
-import mlfuncs.bundle, mlfuncs.progress, mlfuncs_featurestore.catalog
+import mlfuncs.bundles.bundle, mlfuncs.progress, mlfuncs_featurestore.catalog
 import test_faults
 from mlfuncs import registry
 from mlfuncs_featurestore import delta_tables, ingest, offline, profile

@@ -14,8 +14,8 @@ from click.testing import CliRunner
 from fastapi.testclient import TestClient
 
 from mlfuncs.errors import InvalidInput, NotFound, SpecError, Unauthorized, Unavailable
+from mlfuncs.interface.signature import Signature
 from mlfuncs.settings import Settings
-from mlfuncs.signature import Signature
 from mlfuncs_featurestore import Aggregation, Entity, FeatureService, FeatureStore, FeatureView, feature_view, on_demand
 from mlfuncs_featurestore.cli import features as command
 from mlfuncs_featurestore.online_client import FeatureClient

@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 import uvloop
 from httptools import HttpRequestParser, HttpResponseParser
 
-from mlfuncs_runtime.router import Router
-from mlfuncs_runtime.router_core import RouterOptions
+from mlfuncs_runtime.router.core import RouterOptions
+from mlfuncs_runtime.router.process import Router
 from mlfuncs_runtime.routes import Replica, Route
 
 T = TypeVar("T")

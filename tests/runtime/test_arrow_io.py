@@ -13,8 +13,8 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from mlfuncs_runtime.arrow_io import ARROW, dump
-from mlfuncs_runtime.asgi import make_app
+from mlfuncs_runtime.worker.arrow_io import ARROW, dump
+from mlfuncs_runtime.worker.asgi import make_app
 
 TYPE = ARROW.decode()
 

@@ -14,9 +14,9 @@ import pytest
 
 from mlfuncs.errors import Overloaded
 from mlfuncs.spec import Batch
-from mlfuncs_runtime.asgi import WorkerApp, make_app
-from mlfuncs_runtime.handlers import make_handler
-from mlfuncs_runtime.invocation import AppOptions
+from mlfuncs_runtime.worker.asgi import WorkerApp, make_app
+from mlfuncs_runtime.worker.handlers import make_handler
+from mlfuncs_runtime.worker.invocation import AppOptions
 
 JSON_TYPE = {"content-type": "application/json"}
 
@@ -440,7 +440,7 @@ def test_never_calls_a_handler_with_made_up_values_but_runs_its_own_warmup() -> 
 
 
 def test_the_context_of_a_request_reaches_the_handler_on_its_thread() -> None:
-    from mlfuncs.request_context import current_request
+    from mlfuncs.serving.request_context import current_request
 
     def who(x: int) -> list[str]:
         request = current_request()

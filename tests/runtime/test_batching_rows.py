@@ -13,14 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlfuncs.errors import DeadlineExceeded, InvalidInput
-from mlfuncs.request_context import RequestContext
-from mlfuncs.signature import Signature
+from mlfuncs.interface.signature import Signature
+from mlfuncs.serving.request_context import RequestContext
 from mlfuncs.spec import Batch
-from mlfuncs_runtime import batching
-from mlfuncs_runtime.batched import BatchedCalls
-from mlfuncs_runtime.batching import RowPlan, Selection, Waiting, part, row_plan, select, wait_for_more_s
-from mlfuncs_runtime.calls import ThreadCalls
-from mlfuncs_runtime.worker_metrics import BATCH_BOUNDS, Histogram
+from mlfuncs_runtime.worker import batching
+from mlfuncs_runtime.worker.batched import BatchedCalls
+from mlfuncs_runtime.worker.batching import RowPlan, Selection, Waiting, part, row_plan, select, wait_for_more_s
+from mlfuncs_runtime.worker.calls import ThreadCalls
+from mlfuncs_runtime.worker.metrics import BATCH_BOUNDS, Histogram
 
 
 def waiting(rows: int, key: str = "", since_s: float = 0.0, deadline_s: float = 100.0) -> Waiting:

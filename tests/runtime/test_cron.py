@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mlfuncs.errors import SpecError
 from mlfuncs.triggers import Cron
-from mlfuncs_runtime.cron import Memory, last_time, look, next_time
+from mlfuncs_runtime.triggers.cron import Memory, last_time, look, next_time
 
 NOON = datetime(2026, 3, 10, 12, 0, 30, tzinfo=UTC)
 

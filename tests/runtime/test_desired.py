@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 
 from mlfuncs.registry import open_registry, site_id
-from mlfuncs.revision_config import RevisionConfig
-from mlfuncs.rollouts import start_rollout
+from mlfuncs.serving.revision_config import RevisionConfig
+from mlfuncs.serving.rollouts import start_rollout
 from mlfuncs.settings import Settings
 from mlfuncs.spec import FunctionSpec, Scale
-from mlfuncs_runtime.desired import DesiredState
-from mlfuncs_runtime.launching import worker_config
-from mlfuncs_runtime.overview import endpoint_overview, judge_state
-from mlfuncs_runtime.plan import Verdict
-from mlfuncs_runtime.reconcile import Failures, Observed, Phase, ReplicaSeen
+from mlfuncs_runtime.supervisor.desired import DesiredState
+from mlfuncs_runtime.supervisor.launching import worker_config
+from mlfuncs_runtime.supervisor.overview import endpoint_overview, judge_state
+from mlfuncs_runtime.supervisor.plan import Verdict
+from mlfuncs_runtime.supervisor.reconcile import Failures, Observed, Phase, ReplicaSeen
 
 SPEC = FunctionSpec(name="churn", scale=Scale(concurrency=3), timeout_s=9, secrets=("KEY",), env={"A": "b"})
 

@@ -14,9 +14,9 @@ import mlfuncs as ml
 from mlfuncs.errors import DeployFailed, RunFailed, Unavailable
 from mlfuncs.loading import load_target
 from mlfuncs.settings import Settings, read_settings
-from mlfuncs_runtime.docker_engine import DockerEngine
-from mlfuncs_runtime.docker_launch import home_mark
-from mlfuncs_runtime.docker_replica import HOME_LABEL
+from mlfuncs_runtime.docker.engine import DockerEngine
+from mlfuncs_runtime.docker.launch import home_mark
+from mlfuncs_runtime.docker.replica import HOME_LABEL
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from mlfuncs.bundle import open_bundle
+from mlfuncs.bundles.bundle import open_bundle
 from mlfuncs.errors import SpecError
 from mlfuncs.loading import load_target
-from mlfuncs.revision_config import RevisionConfig
+from mlfuncs.serving.revision_config import RevisionConfig
 from mlfuncs.settings import Settings, read_settings
 from mlfuncs_runtime.images.base import find_source
 from mlfuncs_runtime.images.builder import MemoryBuilder
@@ -167,7 +167,7 @@ def test_an_image_runs_read_only_without_a_network_and_stops_when_told(functions
     try:
         address = _docker("port", container, "8080").splitlines()[0]
         assert _answer(f"http://{address}/", {"x": 2}, container) == b"-2.0"
-        _docker("exec", container, "/opt/mlfuncs/bin/python", "-P", "-m", "mlfuncs_runtime.container", "--check")
+        _docker("exec", container, "/opt/mlfuncs/bin/python", "-P", "-m", "mlfuncs_runtime.docker.entry", "--check")
         started = time.monotonic()
         _docker("stop", container)
         assert time.monotonic() - started < 8
@@ -206,7 +206,7 @@ def test_the_base_has_what_serving_needs_and_the_extras_asked_for():
 def test_the_first_process_reaps_passes_signals_on_and_ends_with_the_workers_status(tmp_path):
     code = textwrap.dedent("""
         import os, signal, sys, time
-        from mlfuncs_runtime import container
+        from mlfuncs_runtime.docker import entry as container
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         child = os.fork()

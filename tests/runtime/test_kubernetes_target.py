@@ -8,12 +8,12 @@ import pytest
 from kubernetes import client
 
 import mlfuncs as ml
-from mlfuncs import targets
 from mlfuncs.errors import DeployFailed, Forbidden, SpecError, Unavailable
+from mlfuncs.serving import targets
 from mlfuncs.settings import read_settings
-from mlfuncs_runtime.cluster import Cluster
 from mlfuncs_runtime.images.builder import MemoryBuilder
-from mlfuncs_runtime.kubernetes_target import KnativeTarget, KubernetesTarget
+from mlfuncs_runtime.kubernetes.cluster import Cluster
+from mlfuncs_runtime.kubernetes.target import KnativeTarget, KubernetesTarget
 
 _spec = importlib.util.spec_from_file_location("fake_kubernetes", Path(__file__).with_name("fake_kubernetes.py"))
 fake_kubernetes = importlib.util.module_from_spec(_spec)
@@ -51,7 +51,7 @@ def deploy(api, builder, monkeypatch):
         made.poll_s = 0.01
         return made
 
-    monkeypatch.setattr("mlfuncs.endpoints.open_target", open_target)
+    monkeypatch.setattr("mlfuncs.serving.endpoints.open_target", open_target)
     return lambda target="kubernetes", function=churn, **options: function.deploy(target=target, **options)
 
 

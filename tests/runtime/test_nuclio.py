@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from mlfuncs.spec import Batch
-from mlfuncs_runtime.asgi import WorkerApp, make_app
-from mlfuncs_runtime.invocation import AppOptions
+from mlfuncs_runtime.worker.asgi import WorkerApp, make_app
+from mlfuncs_runtime.worker.invocation import AppOptions
 
 
 async def send(

@@ -13,7 +13,7 @@ import yaml
 import mlfuncs as ml
 from mlfuncs.errors import DeployFailed, Forbidden, NotFound, SpecError, UntrustedError
 from mlfuncs.nuclio_source import load_deployable, read_notebook, requirements_of, spec_options
-from mlfuncs_runtime.nuclio_export import open_exported
+from mlfuncs_runtime.nuclio.export import open_exported
 
 HANDLER = """
 import json
@@ -92,7 +92,7 @@ def double(x: float) -> float:
 def dashboard(monkeypatch):
     made = Dashboard()
     monkeypatch.setenv("MLFUNCS_NUCLIO_DASHBOARD", made.url)
-    monkeypatch.setattr("mlfuncs_runtime.nuclio_target.POLL_S", 0.01)
+    monkeypatch.setattr("mlfuncs_runtime.nuclio.target.POLL_S", 0.01)
     yield made
     made.server.shutdown()
     made.server.server_close()

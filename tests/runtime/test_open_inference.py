@@ -19,10 +19,10 @@ import pytest
 import uvicorn
 
 from mlfuncs.errors import InvalidInput
-from mlfuncs_runtime.asgi import make_app
-from mlfuncs_runtime.invocation import AppOptions
-from mlfuncs_runtime.open_inference import TensorHint, tensor_hint, to_outputs
-from mlfuncs_runtime.tensors import parse_request
+from mlfuncs_runtime.worker.asgi import make_app
+from mlfuncs_runtime.worker.invocation import AppOptions
+from mlfuncs_runtime.worker.open_inference import TensorHint, tensor_hint, to_outputs
+from mlfuncs_runtime.worker.tensors import parse_request
 
 
 @contextlib.contextmanager

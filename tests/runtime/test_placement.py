@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlfuncs_runtime.placement import QUICK_S, STALL_S, Placement
+from mlfuncs_runtime.worker.placement import QUICK_S, STALL_S, Placement
 
 
 def feed(placement: Placement, seconds: float, times: int) -> bool:

@@ -12,7 +12,7 @@ import pytest
 
 from mlfuncs.errors import StorageError
 from mlfuncs.settings import Settings
-from mlfuncs_runtime.places import find_places, make_places, read_json, remove_sockets, write_json
+from mlfuncs_runtime.supervisor.places import find_places, make_places, read_json, remove_sockets, write_json
 
 SUN_PATH = 107
 

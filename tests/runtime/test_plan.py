@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 
 from mlfuncs.registry import EndpointRow, Revision
-from mlfuncs.revision_config import RevisionConfig
+from mlfuncs.serving.revision_config import RevisionConfig
 from mlfuncs.spec import FunctionSpec, Scale
-from mlfuncs_runtime.plan import EndpointPlan, Rollout, bounds, judge, needed_for_rollout, route, wishes
-from mlfuncs_runtime.reconcile import Failures, Observed, Phase, ReplicaSeen, ZygotePhase, ZygoteSeen
 from mlfuncs_runtime.routes import Replica
+from mlfuncs_runtime.supervisor.plan import EndpointPlan, Rollout, bounds, judge, needed_for_rollout, route, wishes
+from mlfuncs_runtime.supervisor.reconcile import Failures, Observed, Phase, ReplicaSeen, ZygotePhase, ZygoteSeen
 
 SPEC = FunctionSpec(name="churn", scale=Scale(min=1, max=4, concurrency=8), timeout_s=20)
 

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from mlfuncs_runtime import processes
+from mlfuncs_runtime.supervisor import processes
 
 SLEEP = [sys.executable, "-c", "import time; print('up', flush=True); time.sleep(60)"]
 

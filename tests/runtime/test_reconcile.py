@@ -7,7 +7,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlfuncs_runtime.reconcile import (
+from mlfuncs_runtime.supervisor.reconcile import (
     PATIENT_LOADS,
     DrainReplica,
     Failures,

@@ -15,8 +15,8 @@ from kubernetes import client
 from mlfuncs.cli import main
 from mlfuncs.errors import NotFound
 from mlfuncs.loading import load_target
-from mlfuncs_runtime.cluster import Cluster
 from mlfuncs_runtime.images.builder import MemoryBuilder
+from mlfuncs_runtime.kubernetes.cluster import Cluster
 from mlfuncs_runtime.manifests.builds import BuildJob, render_build_job
 from mlfuncs_runtime.manifests.platform import render_compose, render_platform
 from mlfuncs_runtime.rendering import TARGETS, build_image, differences, render

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlfuncs.errors import SpecError
-from mlfuncs_runtime.router import check_reach, open_listener
-from mlfuncs_runtime.router_access import TokenBucket, is_token_valid
-from mlfuncs_runtime.router_core import RouterOptions
-from mlfuncs_runtime.router_pages import METRICS, PAGES
+from mlfuncs_runtime.router.access import TokenBucket, is_token_valid
+from mlfuncs_runtime.router.core import RouterOptions
+from mlfuncs_runtime.router.pages import METRICS, PAGES
+from mlfuncs_runtime.router.process import check_reach, open_listener
 from mlfuncs_runtime.routes import Access
 from tests.runtime.router_harness import Harness, message, with_router
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlfuncs_runtime.router_http import BadRequest, RequestHead
-from mlfuncs_runtime.router_split import Split, choose_replica
+from mlfuncs_runtime.router.http import BadRequest, RequestHead
+from mlfuncs_runtime.router.split import Split, choose_replica
 from mlfuncs_runtime.routes import Access, Limits, Replica, Route
 
 names = st.text("abcdefghijklmnopqrstuvwxyz0123456789-", min_size=1, max_size=12)

@@ -9,7 +9,7 @@ import socket
 
 import pytest
 
-from mlfuncs_runtime.router_core import RouterOptions
+from mlfuncs_runtime.router.core import RouterOptions
 from mlfuncs_runtime.routes import Limits, Replica
 from tests.runtime.router_harness import Connection, Harness, Reply, message, until, with_router
 

@@ -19,8 +19,8 @@ from typing import Any
 import psutil
 import pytest
 
-from mlfuncs_runtime.router_core import RouterOptions
-from mlfuncs_runtime.router_meter import LoadMeter, RequestCounts
+from mlfuncs_runtime.router.core import RouterOptions
+from mlfuncs_runtime.router.meter import LoadMeter, RequestCounts
 from mlfuncs_runtime.routes import Access, Limits, Replica, Route
 from tests.runtime.router_harness import Connection, Harness, Worker, message, run, until, with_router
 
@@ -187,7 +187,7 @@ async def process(listener: socket.socket, folder: Path, *more: str) -> AsyncIte
     """A router process on an inherited listener, once it answers; ended with SIGTERM."""
     control = folder / "control.sock"
     control.unlink(missing_ok=True)
-    command = ["-m", "mlfuncs_runtime.router", "--fd", str(listener.fileno()), "--control", str(control)]
+    command = ["-m", "mlfuncs_runtime.router.process", "--fd", str(listener.fileno()), "--control", str(control)]
     running = await asyncio.create_subprocess_exec(
         sys.executable, *command, "--state", str(folder / "routes.json"), *more, pass_fds=[listener.fileno()]
     )
@@ -329,7 +329,7 @@ def test_wakes_the_supervisor_and_serves_once_it_is_told_of_a_worker(home: Path)
 
 
 def test_command_line_refuses_an_open_address_without_a_token(home: Path) -> None:
-    command = [sys.executable, "-m", "mlfuncs_runtime.router", "--host", "0.0.0.0", "--port", "0"]
+    command = [sys.executable, "-m", "mlfuncs_runtime.router.process", "--host", "0.0.0.0", "--port", "0"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False, env={**os.environ})
     assert ended.returncode == 1
     assert ended.stderr.startswith("mlfuncs router: ")

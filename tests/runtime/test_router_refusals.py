@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlfuncs_runtime.router_core import RouterOptions
+from mlfuncs_runtime.router.core import RouterOptions
 from mlfuncs_runtime.routes import Limits
 from tests.runtime.router_harness import Harness, message, run, serving, until, with_router
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlfuncs.revision_config import RevisionConfig
+from mlfuncs.serving.revision_config import RevisionConfig
 from mlfuncs.spec import FunctionSpec, Scale
-from mlfuncs_runtime.plan import EndpointPlan, Rollout
-from mlfuncs_runtime.reconcile import Observed, Phase, ReplicaSeen
-from mlfuncs_runtime.scaling import Scaler
+from mlfuncs_runtime.supervisor.plan import EndpointPlan, Rollout
+from mlfuncs_runtime.supervisor.reconcile import Observed, Phase, ReplicaSeen
+from mlfuncs_runtime.supervisor.scaling import Scaler
 
 KEY = ("churn", "rev-1")
 

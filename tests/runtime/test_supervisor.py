@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 
 import mlfuncs as ml
-from mlfuncs.endpoints import Endpoint, deploy, endpoint, list_endpoints
 from mlfuncs.errors import (
     Conflict,
     DeadlineExceeded,
@@ -29,9 +28,10 @@ from mlfuncs.errors import (
     Unauthorized,
     Unavailable,
 )
+from mlfuncs.serving.endpoints import Endpoint, deploy, endpoint, list_endpoints
 from mlfuncs.settings import Settings, read_settings
-from mlfuncs_runtime.places import find_places
 from mlfuncs_runtime.process_target import ProcessTarget
+from mlfuncs_runtime.supervisor.places import find_places
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_up_is_idempotent_and_down_leaves_nothing(own_home: Settings):
 
 def test_a_second_supervisor_of_the_same_home_refuses_politely():
     first = target().start()
-    command = [sys.executable, "-m", "mlfuncs_runtime.supervisor"]
+    command = [sys.executable, "-m", "mlfuncs_runtime.supervisor.process"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 3
     assert f"runs already (pid {first['pid']})" in done.stdout

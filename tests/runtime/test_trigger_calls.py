@@ -7,13 +7,13 @@ import sys
 import pytest
 
 import mlfuncs as ml
-from mlfuncs.client import error_of
 from mlfuncs.errors import DeadlineExceeded, MissingExtra, Unavailable
-from mlfuncs.revision_config import RevisionConfig
+from mlfuncs.serving.client import error_of
+from mlfuncs.serving.revision_config import RevisionConfig
 from mlfuncs.spec import FunctionSpec
-from mlfuncs_runtime.plan import EndpointPlan
-from mlfuncs_runtime.trigger_calls import Fault, judge_failure
-from mlfuncs_runtime.trigger_table import Entry, entries_of
+from mlfuncs_runtime.supervisor.plan import EndpointPlan
+from mlfuncs_runtime.triggers.calls import Fault, judge_failure
+from mlfuncs_runtime.triggers.table import Entry, entries_of
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_the_triggers_of_the_revision_with_most_traffic_are_in_force() -> None:
 
 
 def test_kafka_without_its_extra_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mlfuncs_runtime.kafka_trigger import KafkaSource
+    from mlfuncs_runtime.triggers.kafka import KafkaSource
 
     monkeypatch.setitem(sys.modules, "confluent_kafka", None)
     with pytest.raises(MissingExtra, match=r"mlfuncs\[kafka\]"):

@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 
 import mlfuncs as ml
-from mlfuncs.endpoints import endpoint
+from mlfuncs.serving.endpoints import endpoint
 from mlfuncs.settings import read_settings
-from mlfuncs_runtime.places import find_places, read_json, write_json
 from mlfuncs_runtime.process_target import ProcessTarget
-from mlfuncs_runtime.triggers import process_path
+from mlfuncs_runtime.supervisor.places import find_places, read_json, write_json
+from mlfuncs_runtime.supervisor.triggers import process_path
 
 redis = pytest.importorskip("redis")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mlfuncs.spec import Resources
-from mlfuncs_runtime.worker_limits import apply_limits, join_cgroup, own_cgroup_parent, pick_cores
+from mlfuncs_runtime.worker.limits import apply_limits, join_cgroup, own_cgroup_parent, pick_cores
 
 
 def cgroup(root: Path, controllers: str) -> Path:

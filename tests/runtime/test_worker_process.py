@@ -19,10 +19,10 @@ import pytest
 
 import mlfuncs as ml
 from mlfuncs.artifacts import ArtifactStore
-from mlfuncs.bundle import build_bundle
+from mlfuncs.bundles.bundle import build_bundle
 from mlfuncs.settings import Settings
 from mlfuncs.spec import Resources
-from mlfuncs_runtime.worker_config import WorkerConfig
+from mlfuncs_runtime.worker.config import WorkerConfig
 
 JSON_TYPE = {"Content-Type": "application/json"}
 ROOT = Path(__file__).parents[2]
@@ -48,7 +48,7 @@ class Worker:
         path.write_text(json.dumps(config.to_dict()))
         environ = {**os.environ, **settings.to_environ()}
         environ["PYTHONPATH"] = os.pathsep.join(str(ROOT / part) for part in ("", "runtime"))
-        command = [sys.executable, "-m", "mlfuncs_runtime.worker", "--config", str(path)]
+        command = [sys.executable, "-m", "mlfuncs_runtime.worker.process", "--config", str(path)]
         self.process = subprocess.Popen(command, env=environ, cwd=folder, stderr=subprocess.PIPE, text=True)
 
     def wait_ready(self, timeout_s: float = 30) -> Worker:

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 import pytest
 import uvicorn
 
-from mlfuncs_runtime import exchange
-from mlfuncs_runtime.asgi import make_app
-from mlfuncs_runtime.invocation import AppOptions
-from mlfuncs_runtime.shortcut import cycle_of
+from mlfuncs_runtime.worker import exchange
+from mlfuncs_runtime.worker.asgi import make_app
+from mlfuncs_runtime.worker.invocation import AppOptions
+from mlfuncs_runtime.worker.shortcut import cycle_of
 
 
 def double(x: float) -> float:

@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from mlfuncs import adapters
-from mlfuncs.endpoints import Endpoint, deploy, endpoint
+from mlfuncs.serving.endpoints import Endpoint, deploy, endpoint
 from mlfuncs.settings import read_settings
 from mlfuncs.spec import Scale
 

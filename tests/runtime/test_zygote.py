@@ -19,10 +19,10 @@ import pytest
 
 import mlfuncs as ml
 from mlfuncs.artifacts import ArtifactStore
-from mlfuncs.bundle import build_bundle
+from mlfuncs.bundles.bundle import build_bundle
 from mlfuncs.settings import Settings
-from mlfuncs_runtime.worker_config import WorkerConfig
-from mlfuncs_runtime.zygote import other_threads
+from mlfuncs_runtime.worker.config import WorkerConfig
+from mlfuncs_runtime.worker.zygote import other_threads
 
 ROOT = Path(__file__).parents[2]
 
@@ -65,7 +65,7 @@ class ZygoteUnderTest:
         (folder / "zygote.json").write_text(json.dumps(config.to_dict()))
         environ = {**os.environ, **settings.to_environ()}
         environ["PYTHONPATH"] = os.pathsep.join(str(ROOT / part) for part in ("", "runtime"))
-        command = [sys.executable, "-m", "mlfuncs_runtime.zygote", "--config", str(folder / "zygote.json")]
+        command = [sys.executable, "-m", "mlfuncs_runtime.worker.zygote", "--config", str(folder / "zygote.json")]
         self.process = subprocess.Popen([*command, "--control", self.control], env=environ, cwd=folder)
 
     def wait_loaded(self) -> ZygoteUnderTest:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mlfuncs
+from mlfuncs.environments.own import package_folders
 from mlfuncs.errors import NotFound
-from mlfuncs.own import package_folders
 from mlfuncs.settings import Settings
 from mlfuncs_runtime.images.layers import Entry
 

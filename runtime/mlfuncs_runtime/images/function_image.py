@@ -16,17 +16,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlfuncs import bundle_store
-from mlfuncs.bundle import OpenBundle, open_bundle
+from mlfuncs.bundles import store as bundle_store
+from mlfuncs.bundles.bundle import OpenBundle, open_bundle
 from mlfuncs.errors import SpecError
-from mlfuncs.revision_config import RevisionConfig
+from mlfuncs.serving.revision_config import RevisionConfig
 from mlfuncs.settings import Settings
 from mlfuncs.signing import project_key
 from mlfuncs_runtime.images.image import BaseImage, Image
 from mlfuncs_runtime.images.layers import Entry, Layer, write_layer
 from mlfuncs_runtime.images.sbom import cyclonedx, to_bytes
 from mlfuncs_runtime.images.wheels import SITE_PACKAGES, wheels_layer
-from mlfuncs_runtime.worker_config import WorkerConfig
+from mlfuncs_runtime.worker.config import WorkerConfig
 
 ROOT = "/opt/function"
 BILL = f"{ROOT}/sbom"

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlfuncs import uv_commands
+from mlfuncs.environments import uv_commands
 from mlfuncs.errors import EnvironmentFailed
 from mlfuncs.files import locked, write_atomically
 from mlfuncs.settings import Settings

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from mlfuncs.rollouts import serving_revision
+from mlfuncs.serving.rollouts import serving_revision
 from mlfuncs_runtime.manifests.workload import (
     PORT,
     PRE_STOP_S,

@@ -17,7 +17,7 @@ from mlfuncs_runtime.manifests.workload import Workload, labels, resources
 
 WORKERS = 8  # guess: Nuclio's workers are processes, each takes one request at once
 _HANDLER = """# Made by mlfuncs: a signed bundle and the lines that serve it. Change the function and deploy it again.
-from mlfuncs_runtime.nuclio_export import open_exported
+from mlfuncs_runtime.nuclio.export import open_exported
 
 EXPORTED = {{
     "digest": "{digest}",

@@ -71,7 +71,7 @@ def render_compose(project: str) -> dict[str, Any]:
             "platform": {
                 "image": "mlfuncs/platform",
                 "build": {"context": ".", "args": {"EXTRAS": "postgres featurestore"}},  # in a checkout of mlfuncs
-                "entrypoint": ["/opt/mlfuncs/bin/python", "-P", "-m", "mlfuncs_runtime.supervisor"],
+                "entrypoint": ["/opt/mlfuncs/bin/python", "-P", "-m", "mlfuncs_runtime.supervisor.process"],
                 "environment": {
                     "MLFUNCS_PROJECT": project,
                     "MLFUNCS_HOME": "/home/mlfuncs",
@@ -85,7 +85,7 @@ def render_compose(project: str) -> dict[str, Any]:
                 "volumes": ["home:/home/mlfuncs"],
                 "tmpfs": ["/tmp"],
                 "healthcheck": {
-                    "test": ["CMD", "/opt/mlfuncs/bin/python", "-P", "-m", "mlfuncs_runtime.container", "--check"]
+                    "test": ["CMD", "/opt/mlfuncs/bin/python", "-P", "-m", "mlfuncs_runtime.docker.entry", "--check"]
                 },
                 "depends_on": {name: {"condition": "service_healthy"} for name in ("redis", "postgres")},
                 "restart": "unless-stopped",

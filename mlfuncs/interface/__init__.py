@@ -1,0 +1,1 @@
+"""A callable's typed interface: hints to JSON Schema, strict validation, encoding of results."""

@@ -1,0 +1,1 @@
+"""Tracked runs: executing, recording, looking back, sweeping."""

@@ -1,0 +1,1 @@
+"""Endpoints and runs as containers of this machine's Docker Engine."""

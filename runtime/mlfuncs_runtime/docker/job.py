@@ -1,0 +1,144 @@
+"""A run in a container: the process that stands where an isolated run's interpreter would, and passes everything on.
+
+    python -m mlfuncs_runtime.docker.job IMAGE ANSWER_FD
+
+Tasks come on standard input and go to the container's; its output is ours, its answers go to ANSWER_FD. The home is
+shared with the container under the same path: journal, artifacts and bundles are one. The container runs as the user
+that owns the home, without any capability, on a read-only file system.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+import struct
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+from mlfuncs.errors import MlfuncsError
+from mlfuncs.settings import Settings, read_settings
+from mlfuncs.spec import FunctionSpec
+from mlfuncs_runtime.docker.container import HOME_LABEL, OWNER_LABEL, ContainerPlan, container_body
+from mlfuncs_runtime.docker.engine import DockerEngine, read_answer
+from mlfuncs_runtime.docker.entry import FORWARDED
+
+_ANSWER_STREAM = 2  # a job's standard error carries its answers: see container.py
+
+
+def job_command(bundle: str, spec: FunctionSpec, settings: Settings) -> list[str]:
+    """The command of the process for runs of this function; its image is built when the engine lacks it."""
+    from mlfuncs.serving.revision_config import RevisionConfig
+    from mlfuncs_runtime.images.docker_builder import DockerBuilder
+    from mlfuncs_runtime.images.function_image import ImageFunction, assemble
+
+    builder = DockerBuilder(settings)
+    image = assemble([ImageFunction(spec.name, bundle, RevisionConfig(spec))], builder.base(_say), settings)
+    reference = f"mlfuncs/{settings.project}-{spec.name}:run-{image.id.removeprefix('sha256:')[:12]}"
+    if not builder.has(reference):
+        builder.store(image, [reference])
+    return [sys.executable, "-P", "-m", "mlfuncs_runtime.docker.job", reference]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Be one container's stand-in until it ends; its exit status."""
+    image, answer_to = sys.argv[1:] if argv is None else argv
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    for number in FORWARDED:
+        signal.signal(number, lambda *_: None)
+    try:
+        return run(DockerEngine(), image, int(answer_to), reader)
+    except MlfuncsError as exc:
+        print(f"the run's container cannot be started: {exc}", flush=True)
+        return 78
+
+
+def run(engine: DockerEngine, image: str, answer_to: int, signals: int) -> int:
+    """Start the container, pass tasks, output, answers and signals on, and return its status."""
+    from mlfuncs_runtime.docker.launch import home_mark
+    from mlfuncs_runtime.docker.replica import own_mark, remove_orphans
+
+    settings = read_settings()
+    remove_orphans(engine, home_mark(settings))
+    plan = ContainerPlan(
+        image=image,
+        replica=f"run-{os.getpid()}",
+        folder=str(settings.home),
+        user=f"{os.getuid()}:{os.getgid()}",
+        environ=_environ(settings),
+        labels={HOME_LABEL: home_mark(settings), OWNER_LABEL: own_mark()},
+    )
+    name = str(engine.call("POST", "/containers/create", job_body(plan))["Id"])
+    try:
+        with (
+            engine.attach(name) as streams,
+            engine.open("POST", f"/containers/{name}/wait?condition=next-exit") as ended,
+        ):
+            ended.settimeout(None)
+            engine.call("POST", f"/containers/{name}/start")
+            _pass_on(engine, name, streams, answer_to, signals)
+            return int(read_answer(ended, "wait")["StatusCode"])
+    except BaseException:
+        engine.remove(name)
+        raise
+
+
+def job_body(plan: ContainerPlan) -> dict[str, Any]:
+    """The body that creates the container: as a replica's, with the home instead of a socket's directory."""
+    body = container_body(plan)
+    body["Cmd"] = ["--job"]
+    body["HostConfig"]["Mounts"] = [{"Type": "bind", "Source": plan.folder, "Target": plan.folder}]
+    return body
+
+
+def _environ(settings: Settings) -> dict[str, str]:
+    own = settings.to_environ()
+    own["MLFUNCS_ARTIFACTS_URL"] = settings.artifacts_url
+    return {name: value for name, value in own.items() if name not in ("MLFUNCS_TRUSTED_KEYS",)}
+
+
+def _pass_on(engine: DockerEngine, name: str, streams: socket.socket, answer_to: int, signals: int) -> None:
+    buffer, sources = b"", [streams.fileno(), signals, 0]
+    while True:
+        ready, _, _ = select.select(sources, [], [])
+        if 0 in ready:
+            task = os.read(0, 65536)
+            if task:
+                streams.sendall(task)
+            else:
+                sources.remove(0)
+                streams.shutdown(socket.SHUT_WR)
+        if signals in ready:
+            for number in os.read(signals, 256):
+                if number in FORWARDED:
+                    with suppress(MlfuncsError):  # it has ended meanwhile
+                        engine.call("POST", f"/containers/{name}/kill?signal={signal.Signals(number).name}")
+        if streams.fileno() in ready:
+            part = streams.recv(65536)
+            if not part:
+                return
+            buffer = _write_frames(buffer + part, answer_to)
+
+
+def _write_frames(data: bytes, answer_to: int) -> bytes:
+    """Write whole frames where their stream belongs; the rest."""
+    while len(data) >= 8:
+        length = struct.unpack(">I", data[4:8])[0]
+        if len(data) < 8 + length:
+            break
+        os.write(answer_to if data[0] == _ANSWER_STREAM else 1, data[8 : 8 + length])
+        data = data[8 + length :]
+    return data
+
+
+def _say(note: str) -> None:
+    print(f"mlfuncs: {note}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Endpoints and runs on a Kubernetes cluster."""

@@ -1,0 +1,280 @@
+"""The targets "kubernetes" and "knative": endpoints as objects of a cluster, applied by whoever deploys.
+
+There is no reconciler of ours in the cluster: its own controllers keep what was applied. A rollout adds the new
+revision's objects beside what serves, waits until the cluster calls them ready, then moves the traffic, and removes
+what the endpoint no longer has. When it fails, the new revision's objects go and the registry says why.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from mlfuncs.errors import DeployFailed, MlfuncsError
+from mlfuncs.serving.revision_config import RevisionConfig
+from mlfuncs.serving.rollouts import complete_rollout, fail_rollout, outcome_of, serving_revision
+from mlfuncs.serving.targets import EndpointStatus, ReplicaStatus, Report
+from mlfuncs.settings import Settings
+from mlfuncs_runtime.kubernetes.cluster import Cluster, Manifest, kind_of
+from mlfuncs_runtime.kubernetes.images import cluster_image, push_image
+from mlfuncs_runtime.kubernetes.pod_failures import Failure, failure_of
+from mlfuncs_runtime.manifests.knative import render_knative
+from mlfuncs_runtime.manifests.kubernetes import render_kubernetes
+from mlfuncs_runtime.manifests.workload import MANAGER, Workload
+
+if TYPE_CHECKING:
+    from mlfuncs.registry import EndpointRow
+    from mlfuncs_runtime.images.builder import ImageBuilder
+
+POLL_S = 1.0
+_LOG_LINES = 20
+_REVISION = "mlfuncs.dev/revision"
+
+
+class KubernetesTarget:
+    """Deployment, Service, autoscaler and guards for each revision."""
+
+    KINDS: tuple[str, ...] = (
+        "Deployment", "HorizontalPodAutoscaler", "PodDisruptionBudget", "Service", "NetworkPolicy", "ServiceAccount"
+    )  # fmt: skip
+
+    def __init__(self, settings: Settings, cluster: Cluster | None = None, builder: ImageBuilder | None = None) -> None:
+        self._settings, self._builder = settings, builder
+        self._cluster = cluster or Cluster(settings.kubernetes_namespace)
+        self.poll_s = POLL_S
+
+    def apply(self, row: EndpointRow) -> None:
+        """Apply what the row wishes; the revisions of a rollout beside what serves, without traffic yet."""
+        rollout = row.desired.get("rollout")
+        try:
+            for revision in _coming(row):
+                push_image(row, revision, self._settings, self._builder, lambda _note: None)
+            for manifest in self._manifests(row):
+                self._cluster.apply(manifest)
+        except MlfuncsError as exc:
+            if rollout:
+                self._fail(row, rollout["id"], str(exc))
+            raise
+        if not rollout:
+            self._prune(row)
+
+    def wait(self, row: EndpointRow, rollout: str, timeout_s: float, report: Report) -> None:
+        """Return when the rollout's revisions are ready and the traffic is theirs. Raises DeployFailed."""
+        deadline = time.monotonic() + timeout_s
+        waiting = "waiting"
+        while time.monotonic() < deadline:
+            states = [self._ready(row, revision) for revision in _coming(row)]
+            failure = next((state for state in states if isinstance(state, Failure) and state.final), None)
+            if failure is not None:
+                self._give_up(row, rollout, failure)
+            if all(state is None for state in states):
+                self._complete(row, rollout)
+                return
+            waiting = "; ".join(state.reason for state in states if state is not None)
+            report(waiting)
+            time.sleep(self.poll_s)
+        self._give_up(row, rollout, Failure(f"not ready after {timeout_s:g} s ({waiting})"))
+
+    def url(self, row: EndpointRow) -> str:
+        """The address inside the cluster."""
+        return f"http://{row.name}.{self._cluster.namespace}.svc.cluster.local"
+
+    def status(self, row: EndpointRow) -> EndpointStatus:
+        """What the cluster runs now."""
+        pods = self._cluster.find("Pod", self._labels(row))
+        replicas = tuple(
+            ReplicaStatus(pod["metadata"]["name"], pod["metadata"]["labels"].get(_REVISION, ""), _pod_state(pod))
+            for pod in pods
+        )
+        traffic = dict(row.desired.get("traffic") or {})
+        failures = [self._ready(row, revision) for revision in traffic]
+        failing = next((state for state in failures if isinstance(state, Failure) and state.final), None)
+        return EndpointStatus(
+            row.name,
+            self.url(row),
+            serving_revision(traffic),
+            _state(traffic, replicas, failing),
+            failing.reason if failing else "",
+            traffic,
+            replicas,
+            tuple(revision.revision for revision in row.revisions),
+            {},
+            row.project,
+        )
+
+    def logs(self, row: EndpointRow, n: int, follow: bool) -> Iterator[str]:
+        """The last lines of every pod, oldest pod first; with `follow` then those of the newest."""
+        pods = sorted(self._cluster.find("Pod", self._labels(row)), key=_age)
+        for pod in pods:
+            yield from self._cluster.logs(pod["metadata"]["name"], n)
+        if follow and pods:
+            yield from self._cluster.follow(pods[-1]["metadata"]["name"])
+
+    def delete(self, row: EndpointRow) -> None:
+        """Delete every object of the endpoint."""
+        from mlfuncs.registry import open_registry
+
+        self._prune(row, everything=True)
+        open_registry(self._settings).endpoints.purge(row)
+
+    # --- what differs between the two targets
+
+    def _manifests(self, row: EndpointRow) -> list[Manifest]:
+        """Every object of the row, each once; shared ones, e.g. the main Service, follow what has traffic."""
+        found: dict[tuple[str, str], Manifest] = {}
+        for revision in _wanted(row):
+            for manifest in render_kubernetes(self._workload(row, revision)):
+                found.setdefault((kind_of(manifest), manifest["metadata"]["name"]), manifest)
+        return list(found.values())
+
+    def _ready(self, row: EndpointRow, revision: str) -> Failure | None:
+        """None when the revision is ready, else what it waits for, or why it never will be."""
+        deployment = self._cluster.get("Deployment", f"{row.name}-{revision}")
+        if deployment is None:
+            return Failure(f"{revision}: its Deployment is gone")
+        status = deployment.get("status") or {}
+        seen = int(status.get("observedGeneration", 0)) >= int(deployment["metadata"].get("generation", 0))
+        ready, wished = int(status.get("readyReplicas") or 0), int(deployment["spec"].get("replicas", 1))
+        if seen and ready >= max(1, wished):
+            return None
+        pods = self._cluster.find("Pod", {**self._labels(row), _REVISION: revision})
+        failure = failure_of(deployment, pods) if seen else None
+        return failure or Failure(f"{revision}: {ready} of {max(1, wished)} pods ready", final=False)
+
+    # --- shared
+
+    def _workload(self, row: EndpointRow, revision: str) -> Workload:
+        config = RevisionConfig.from_dict(row.revision(revision).config)
+        traffic = dict(row.desired.get("traffic") or {})
+        return Workload(
+            row.name,
+            row.project,
+            revision,
+            cluster_image(row, revision, self._settings),
+            config.spec,
+            self._cluster.namespace,
+            traffic or {revision: 100},
+            dict(row.desired.get("tags") or {}),
+            min(config.spec.timeout_s, 3600.0),
+        )
+
+    def _complete(self, row: EndpointRow, rollout: str) -> None:
+        from mlfuncs.registry import open_registry
+
+        endpoints = open_registry(self._settings).endpoints
+        after = endpoints.update(row.name, lambda desired, _row: complete_rollout(desired, rollout))
+        outcome = outcome_of(after.desired, rollout)
+        if outcome.state != "complete":
+            raise DeployFailed(f"endpoint {row.name!r}: {outcome.message}")
+        for manifest in self._manifests(after):
+            self._cluster.apply(manifest)
+        self._prune(after)
+
+    def _give_up(self, row: EndpointRow, rollout: str, failure: Failure) -> None:
+        lines = self._cluster.logs(failure.pod, _LOG_LINES, previous=True) if failure.pod else []
+        lines = lines or (self._cluster.logs(failure.pod, _LOG_LINES) if failure.pod else [])
+        self._fail(row, rollout, failure.reason)
+        serving = row.desired.get("traffic")
+        kept = f"; {', '.join(serving)} still serves" if serving else ""
+        log = "\nlast lines of its log:\n" + "\n".join(f"    {line}" for line in lines) if lines else ""
+        raise DeployFailed(f"endpoint {row.name!r}: {failure.reason}{kept}{log}")
+
+    def _fail(self, row: EndpointRow, rollout: str, reason: str) -> None:
+        """Write the failure down, and take the new revision's objects away."""
+        from contextlib import suppress
+
+        from mlfuncs.registry import open_registry
+
+        endpoints = open_registry(self._settings).endpoints
+        after = endpoints.update(row.name, lambda desired, _row: fail_rollout(desired, rollout, reason))
+        with suppress(MlfuncsError):  # what brought us here may stand in the way of this too
+            self._prune(after)
+
+    def _prune(self, row: EndpointRow, everything: bool = False) -> None:
+        """Delete objects of the endpoint that it no longer has."""
+        kept = set() if everything else {(kind_of(m), m["metadata"]["name"]) for m in self._manifests(row)}
+        for kind in self.KINDS:
+            for found in self._cluster.find(kind, {**self._labels(row), "app.kubernetes.io/managed-by": MANAGER}):
+                if (kind, found["metadata"]["name"]) not in kept:
+                    self._cluster.delete(kind, found["metadata"]["name"])
+
+    def _labels(self, row: EndpointRow) -> dict[str, str]:
+        return {"app.kubernetes.io/name": row.name, "app.kubernetes.io/part-of": row.project}
+
+
+class KnativeTarget(KubernetesTarget):
+    """One Knative Service an endpoint; its revisions, traffic and scale to zero are Knative's."""
+
+    KINDS: tuple[str, ...] = ("KnativeService",)
+
+    def url(self, row: EndpointRow) -> str:
+        """The address that Knative gave the Service."""
+        service = self._cluster.get("KnativeService", row.name) or {}
+        return str((service.get("status") or {}).get("url") or super().url(row))
+
+    def _manifests(self, row: EndpointRow) -> list[Manifest]:
+        """The Service with its newest wished revision as the template; earlier ones are kept by Knative."""
+        wanted = _wanted(row)
+        if not wanted:
+            return []
+        newest = max(wanted, key=lambda revision: int(revision.rpartition("-")[2]))
+        return render_knative(self._workload(row, newest))
+
+    def _ready(self, row: EndpointRow, revision: str) -> Failure | None:
+        name = f"{row.name}-{revision}"
+        found = self._cluster.get("KnativeRevision", name)
+        if found is None:
+            service = self._cluster.get("KnativeService", row.name) or {}
+            said = _condition(service, "ConfigurationsReady")
+            if said and said["status"] == "False":
+                return Failure(f"{revision}: {said.get('reason', '')}: {said.get('message', '')}")
+            return Failure(f"{revision}: waiting for Knative to make it", final=False)
+        ready = _condition(found, "Ready")
+        if ready and ready["status"] == "True":
+            return None
+        pods = self._cluster.find("Pod", {**self._labels(row), _REVISION: revision})
+        failure = failure_of({}, pods)
+        if failure is None and ready and ready["status"] == "False":
+            failure = Failure(f"{revision}: {ready.get('reason', '')}: {ready.get('message', '')}")
+        return failure or Failure(f"{revision}: {(ready or {}).get('reason') or 'starting'}", final=False)
+
+
+def _coming(row: EndpointRow) -> list[str]:
+    """The revisions that a rollout leads to."""
+    return list((row.desired.get("rollout") or {}).get("traffic") or {})
+
+
+def _wanted(row: EndpointRow) -> list[str]:
+    """Revisions that must exist in the cluster, the one that serves first."""
+    desired = row.desired
+    traffic = dict(desired.get("traffic") or {})
+    first = [serving_revision(traffic)] if traffic else []
+    names = [*first, *traffic, *(desired.get("tags") or {}).values(), *_coming(row)]
+    return list(dict.fromkeys(names))
+
+
+def _condition(found: Manifest, kind: str) -> dict[str, Any] | None:
+    conditions = (found.get("status") or {}).get("conditions") or ()
+    return next((condition for condition in conditions if condition["type"] == kind), None)
+
+
+def _pod_state(pod: Manifest) -> str:
+    if pod["metadata"].get("deletionTimestamp"):
+        return "stopping"
+    ready = _condition(pod, "Ready")
+    return "ready" if ready and ready["status"] == "True" else "starting"
+
+
+def _state(traffic: dict[str, int], replicas: tuple[ReplicaStatus, ...], failing: Failure | None) -> str:
+    if not traffic:
+        return "empty"
+    if any(replica.state == "ready" for replica in replicas):
+        return "ready"
+    if failing:
+        return "failing"
+    return "starting" if replicas else "idle"
+
+
+def _age(pod: Manifest) -> str:
+    return str(pod["metadata"].get("creationTimestamp", ""))

@@ -1,0 +1,1 @@
+"""Functions to Nuclio and from it."""

@@ -1,0 +1,1 @@
+"""The router: one address for every endpoint, in front of its workers."""

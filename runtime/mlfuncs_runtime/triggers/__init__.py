@@ -1,0 +1,1 @@
+"""What calls endpoints besides HTTP: schedules and streams."""

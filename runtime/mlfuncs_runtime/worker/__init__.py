@@ -1,0 +1,1 @@
+"""What answers requests: one process per replica, its protocols, and the zygote that forks it."""
