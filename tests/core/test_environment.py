@@ -197,7 +197,8 @@ def test_a_package_that_does_not_exist_is_one_clear_error(settings: Settings) ->
     assert not list(settings.home.glob("bundles/*/*"))
 
 
-def test_an_index_that_does_not_answer_is_one_clear_error(tmp_path: Path) -> None:
+def test_an_index_that_does_not_answer_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UV_HTTP_RETRIES", "0")
     settings = Settings(home=tmp_path, project="shop", uv_index_url="http://127.0.0.1:9/simple")
     with pytest.raises(EnvironmentFailed, match=r"127\.0\.0\.1:9"):
         lock_requirements(["inflection==0.5.0"], settings)
