@@ -70,12 +70,12 @@ if TYPE_CHECKING:  # for editors and type checkers; `as` marks a name as exporte
     from mlfuncs.spec import Pod as Pod
     from mlfuncs.spec import Resources as Resources
     from mlfuncs.spec import Scale as Scale
-    from mlfuncs.triggers import Cron as Cron
-    from mlfuncs.triggers import KafkaTopic as KafkaTopic
-    from mlfuncs.triggers import RedisStream as RedisStream
     from mlfuncs.tracking import log_artifact as log_artifact
     from mlfuncs.tracking import log_metric as log_metric
     from mlfuncs.tracking import log_params as log_params
+    from mlfuncs.triggers import Cron as Cron
+    from mlfuncs.triggers import KafkaTopic as KafkaTopic
+    from mlfuncs.triggers import RedisStream as RedisStream
 
 
 def __getattr__(name: str) -> Any:
