@@ -82,6 +82,11 @@ class Function(Generic[P, R]):
     def __repr__(self) -> str:
         return f"<mlfuncs function {self.spec.name!r}{inspect.signature(self.target)}>"
 
+    def _repr_html_(self) -> str:
+        from mlfuncs.function_card import function_html
+
+        return function_html(self)
+
     @property
     def signature(self) -> Signature:
         """The typed interface: JSON Schemas in and out, validation and encoding at the border."""

@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+import mlfuncs as ml
 from mlfuncs.display import (
     Markup,
     Table,
@@ -105,3 +106,22 @@ def test_values_are_short_text():
     assert format_value(math.nan) == "nan"
     assert format_value(True) == "True"
     assert len(format_value("x" * 1000)) == 200
+
+
+def test_a_function_shows_its_signature_and_what_was_declared():
+    @ml.function(timeout_s=5, secrets=["DB_PASSWORD"], requirements=[])
+    def predict(x: list[float]) -> float:
+        """Add <all> up."""
+        return sum(x)
+
+    class Shown:
+        def _repr_html_(self):
+            raise AssertionError("the instance's, not the function's")
+
+        def __call__(self): ...
+
+    text = predict._repr_html_()
+    for part in ("predict(x: list[float])", "timeout_s", "DB_PASSWORD", "Add &lt;all&gt; up.", "none"):
+        assert part in text.replace("&#x27;", "")
+    assert "retries" not in text
+    assert "class" in ml.function(Shown)._repr_html_()
