@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.machinery
 import importlib.util
 import json
 import linecache
@@ -68,8 +69,8 @@ def load_file(path: Path, shown: str = "") -> types.ModuleType:
         return _run_notebook(name, path)
     if name.startswith(f"{package}."):
         return _import(name, path)
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
+    spec = importlib.util.spec_from_file_location(name, path, loader=_SourceAsItIs(name, str(path)))
+    if path.suffix != ".py" or spec is None or spec.loader is None:
         raise SpecError(f"{path.name!r} is not a Python file: give a .py or .ipynb file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
@@ -92,6 +93,13 @@ def _import(name: str, path: Path | None) -> types.ModuleType:
     module: list[types.ModuleType] = []
     _guarded(lambda: module.append(importlib.import_module(name)), name, path)
     return module[0]
+
+
+class _SourceAsItIs(importlib.machinery.SourceFileLoader):
+    """Compiles the file each time: cached bytecode of the same second and size may be that of the text before."""
+
+    def get_code(self, fullname: str) -> types.CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
 
 
 def _guarded(run: Any, name: str, path: Path | None) -> None:

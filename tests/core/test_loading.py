@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -159,3 +160,13 @@ def test_a_value_is_not_a_function(tmp_path: Path) -> None:
     write(tmp_path, "value_k.py", "LIMIT = 3")
     with pytest.raises(SpecError, match="is int 3, not a function or class"):
         load_target("value_k.py:LIMIT", cwd=tmp_path)
+
+
+def test_a_file_is_read_as_it_is_now_whatever_bytecode_is_cached(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.dont_write_bytecode", False)
+    file = tmp_path / "edited_quickly.py"
+    for number in (1, 2):
+        file.write_text(f"def f() -> int:\n    return {number}\n")
+        os.utime(file, (1_700_000_000, 1_700_000_000))
+        sys.modules.pop("edited_quickly", None)
+        assert load_target(f"{file}:f")() == number
