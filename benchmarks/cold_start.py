@@ -136,14 +136,14 @@ def measure(folder: Path, config: WorkerConfig, environ: dict[str, str], forks: 
     def launch(module: str, values: dict[str, Any], label: str, *arguments: str) -> subprocess.Popen[bytes]:
         path = folder / f"{label}.json"
         path.write_text(json.dumps(values | {"log_path": str(folder / "log")}))
-        command = [sys.executable, "-m", f"mlfuncs_runtime.{module}", "--config", str(path), *arguments]
+        command = [sys.executable, "-m", f"mlfuncs_runtime.worker.{module}", "--config", str(path), *arguments]
         return subprocess.Popen(command, env=environ, cwd=folder)
 
     children: list[subprocess.Popen[bytes]] = []
 
     def spawn(number: int) -> tuple[str, int]:
         path = str(folder / f"s{number}.sock")
-        children.append(launch("worker", config.to_dict() | {"socket": path}, f"s{number}"))
+        children.append(launch("process", config.to_dict() | {"socket": path}, f"s{number}"))
         return path, children[-1].pid
 
     control = str(folder / "z.sock")
