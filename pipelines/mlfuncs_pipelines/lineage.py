@@ -15,7 +15,7 @@ from mlfuncs_pipelines.engine import Observer
 from mlfuncs_pipelines.inputs import Values
 from mlfuncs_pipelines.run_log import PipelineRun, StepRecord
 
-_PRODUCER = f"https://pypi.org/project/mlfuncs/{__version__}"
+_PRODUCER = f"urn:mlfuncs:{__version__}"
 _SCHEMA = "https://openlineage.io/spec/2-0-2/OpenLineage.json#/$defs/RunEvent"
 _EVENTS = {"running": "START", "succeeded": "COMPLETE", "failed": "FAIL", "cancelled": "ABORT"}
 

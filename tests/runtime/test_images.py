@@ -1,6 +1,9 @@
 """Function images: the same input gives the same digest, nothing of the building machine is in them, and they run."""
 
+import base64
+import functools
 import hashlib
+import http.server
 import io
 import json
 import os
@@ -9,6 +12,7 @@ import subprocess
 import sys
 import tarfile
 import textwrap
+import threading
 import time
 import tomllib
 import urllib.request
@@ -107,9 +111,42 @@ def test_functions_share_an_image_when_their_pins_agree(functions, settings):
         shared_lock({f.name: open_bundle(f.bundle, settings) for f in functions("double", "other")})
 
 
-def test_an_index_with_a_password_leaves_nothing_in_the_image(functions, settings, monkeypatch):
-    index = "https://ci-user:hunter2@pypi.org/simple"
+@pytest.fixture
+def private_index(tmp_path):
+    """A package index on loopback that asks for a password and holds six; the credentials it was sent, and its URL."""
+    wheels = tmp_path / "index" / "simple" / "six"
+    wheels.mkdir(parents=True)
+    fetch = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(wheels), "six==1.17.0"]
+    subprocess.run(fetch, check=True)
+    sent = []
+
+    class Index(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self):
+            sent.append(self.headers.get("Authorization", ""))
+            if sent[-1]:
+                super().do_GET()
+                return
+            self.send_response(401)
+            self.send_header("WWW-Authenticate", "Basic")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_arguments):
+            pass
+
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Index, directory=str(tmp_path / "index"))
+    )
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield sent, f"http://ci-user:hunter2@127.0.0.1:{server.server_port}/simple"
+    server.shutdown()
+    server.server_close()
+
+
+def test_an_index_with_a_password_leaves_nothing_in_the_image(functions, settings, monkeypatch, private_index):
+    sent, index = private_index
     monkeypatch.setenv("MLFUNCS_UV_INDEX_URL", index)
+    monkeypatch.setenv("UV_NO_CACHE", "1")
     monkeypatch.setenv("HTTPS_PROXY_NOTE", "hunter2")
     settings = read_settings()
     image = assemble(functions("double"), MemoryBuilder().base(print), settings)
@@ -118,6 +155,7 @@ def test_an_index_with_a_password_leaves_nothing_in_the_image(functions, setting
     whole = archive.getvalue()
     for word in (b"hunter2", b"ci-user", str(settings.home).encode()):
         assert word not in whole
+    assert "Basic " + base64.b64encode(b"ci-user:hunter2").decode() in sent
 
 
 def test_an_archive_is_what_docker_save_would_give(functions, settings, tmp_path):
