@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -25,12 +26,23 @@ def run(target: str, params: tuple[str, ...], isolated: bool, json_wanted: bool)
 
     given = parse_assignments(params, "--param")
     with only_json(json_wanted):
-        result = run_function(load_target(target), (), given, isolation="process" if isolated else "inline")
+        function = load_target(target)
+        result = run_function(function, (), _typed(function, given), isolation="process" if isolated else "inline")
     values = _run_values(result)
     lines = [f"run {result.id} {values['status']} in {values['duration_s'] or 0:.2f} s"]
     lines += [f"  {name} = {value}" for name, value in values["metrics"].items()]
     lines += [f"  {name}: {value}" for name, value in values["outputs"].items()]
     emit(values, json_wanted, "\n".join(lines))
+
+
+def _typed(function: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """`given` as the function's own types: a date from its text, a dataclass from its object. Raises InvalidInput."""
+    from mlfuncs.errors import SignatureError
+
+    try:
+        return dict(function.signature.validate_json(json.dumps(given).encode()))
+    except SignatureError:  # a parameter that has no JSON form, or a Nuclio handler: the run itself says so
+        return given
 
 
 @click.command()

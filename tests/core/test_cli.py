@@ -234,3 +234,14 @@ def test_values_on_the_command_line(tmp_path: Path):
         parse_data("{x}")
     with pytest.raises(InvalidInput, match="cannot be read"):
         parse_data("@/no/such/file")
+
+
+def test_params_of_a_run_are_read_as_the_functions_own_types(ask: Any, file: Path):
+    file.with_name("dated.py").write_text(
+        "import datetime, dataclasses\n"
+        "@dataclasses.dataclass\nclass Span:\n    days: int\n"
+        "def shift(day: datetime.date, span: Span) -> str:\n"
+        "    return (day + datetime.timedelta(days=span.days)).isoformat()\n"
+    )
+    run = ask("run", "dated.py:shift", "--param", 'day="2026-01-30"', "--param", 'span={"days": 3}')
+    assert run["outputs"]["output"] == "2026-02-02"
