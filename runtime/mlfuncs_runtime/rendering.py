@@ -131,14 +131,7 @@ def _plain_image(functions: Sequence[Function[Any, Any]], settings: Settings) ->
     from mlfuncs_runtime.images.function_image import ImageFunction, assemble
 
     made = [ImageFunction(f.spec.name, f.bundle.digest, RevisionConfig(f.spec)) for f in functions]
-    return assemble(made, BaseImage(settings.base_image or base_name(), "", (), {}), settings)
-
-
-def base_name() -> str:
-    """The name of this release's base image in a registry."""
-    import mlfuncs
-
-    return f"mlfuncs/base:{mlfuncs.__version__}"
+    return assemble(made, BaseImage(settings.resolved_base_image, "", (), {}), settings)
 
 
 def build_context(functions: Sequence[Function[Any, Any]], url: str, settings: Settings) -> int:
