@@ -7,10 +7,12 @@ Each key comes from the environment (`MLFUNCS_<KEY>`), else from `[tool.mlfuncs]
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import os
 import re
 import tomllib
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,8 +94,12 @@ def read_settings(environ: Mapping[str, str] | None = None, cwd: Path | None = N
     names = {field.name: field for field in dataclasses.fields(Settings)}
     values: dict[str, Any] = dict(_project_table(cwd))
     for key, value in environ.items():
-        if key.startswith(PREFIX) and key[len(PREFIX) :].lower() in names:
-            values[key[len(PREFIX) :].lower()] = value
+        if key.startswith(PREFIX):
+            name = key[len(PREFIX) :].lower()
+            if name in names:
+                values[name] = value
+            else:
+                _warn_of_misspelt(key)
     for name, value in values.items():
         if name not in names:
             raise SpecError(f"[tool.mlfuncs] has an unknown key {name!r}; known keys: {', '.join(names)}")
@@ -106,6 +112,14 @@ def read_settings(environ: Mapping[str, str] | None = None, cwd: Path | None = N
             "or digit; set MLFUNCS_PROJECT"
         )
     return Settings(home=(cwd / home).absolute(), project=project, **values)
+
+
+@functools.cache
+def _warn_of_misspelt(key: str) -> None:
+    """Once a process; other variables may carry our prefix, so only one that looks like a setting is worth a word."""
+    known = [PREFIX + field.name.upper() for field in dataclasses.fields(Settings)]
+    if near := difflib.get_close_matches(key, known, n=1, cutoff=0.88):
+        warnings.warn(f"{key} is not a setting and is ignored; did you mean {near[0]}?", stacklevel=3)
 
 
 def _working_directory() -> Path:

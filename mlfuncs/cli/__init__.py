@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+import warnings
 from typing import Any
 
 import click
@@ -87,6 +88,8 @@ def cli() -> None:
 def main(argv: list[str] | None = None) -> None:
     """Run the command line and exit: 0 when it worked, 1 for an error that says how to mend it, 2 for wrong usage."""
     arguments = sys.argv[1:] if argv is None else argv
+    if argv is None:  # this process is the command's own
+        warnings.formatwarning = _format_warning
     try:
         cli.main(args=arguments, prog_name="mlfuncs", standalone_mode=False)
     except click.exceptions.Exit as exc:
@@ -100,6 +103,12 @@ def main(argv: list[str] | None = None) -> None:
     except BrokenPipeError:  # the reader, e.g. `head`, has seen enough
         sys.stderr.close()
         raise SystemExit(0) from None
+
+
+def _format_warning(message: Warning | str, category: type[Warning], filename: str, line: int, _: Any = None) -> str:
+    """Ours are advice and need no place; a library's show where they came from."""
+    place = "" if category is UserWarning else f" ({category.__name__}, {filename}:{line})"
+    return f"warning: {message}{place}\n"
 
 
 def _usage(exc: click.ClickException) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -245,3 +246,11 @@ def test_params_of_a_run_are_read_as_the_functions_own_types(ask: Any, file: Pat
     )
     run = ask("run", "dated.py:shift", "--param", 'day="2026-01-30"', "--param", 'span={"days": 3}')
     assert run["outputs"]["output"] == "2026-02-02"
+
+
+def test_a_warning_is_one_line_without_a_place(tmp_path: Path) -> None:
+    environ = {**os.environ, "MLFUNCS_HOME": str(tmp_path / "home"), "MLFUNCS_PROT": "9000"}
+    command = [sys.executable, "-c", "from mlfuncs.cli import main; main()", "ls", "--json"]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
+    assert done.stderr == "warning: MLFUNCS_PROT is not a setting and is ignored; did you mean MLFUNCS_PORT?\n"
+    assert json.loads(done.stdout)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -54,7 +55,14 @@ def test_a_number_that_is_none_is_named_with_its_variable(tmp_path: Path, value:
 
 
 def test_variables_of_others_are_left_alone(tmp_path: Path) -> None:
-    assert read(tmp_path, MLFUNCS_SOMETHING_ELSE="1").port == 8080
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read(tmp_path, MLFUNCS_SOMETHING_ELSE="1").port == 8080
+
+
+def test_a_misspelt_variable_is_named_with_the_one_meant(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"MLFUNCS_REGISTRY_URI is not a setting.*MLFUNCS_REGISTRY_URL"):
+        read(tmp_path, MLFUNCS_REGISTRY_URI="sqlite://")
 
 
 def test_home_is_the_nearest_then_the_users(tmp_path: Path) -> None:
