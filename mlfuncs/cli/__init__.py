@@ -105,7 +105,9 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(0) from None
 
 
-def _format_warning(message: Warning | str, category: type[Warning], filename: str, line: int, _: Any = None) -> str:
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, line: int, _: str | None = None
+) -> str:
     """Ours are advice and need no place; a library's show where they came from."""
     place = "" if category is UserWarning else f" ({category.__name__}, {filename}:{line})"
     return f"warning: {message}{place}\n"
