@@ -106,10 +106,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _format_warning(
-    message: Warning | str, category: type[Warning], filename: str, line: int, _: str | None = None
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
     """Ours are advice and need no place; a library's show where they came from."""
-    place = "" if category is UserWarning else f" ({category.__name__}, {filename}:{line})"
+    place = "" if category is UserWarning else f" ({category.__name__}, {filename}:{lineno})"
     return f"warning: {message}{place}\n"
 
 
