@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlfuncs.errors import Conflict, NotFound, SpecError
 from mlfuncs.settings import Settings
+from mlfuncs_featurestore.checkpoints import reached
 from mlfuncs_featurestore.definitions import (
     Definition,
     Entity,
@@ -23,9 +24,11 @@ from mlfuncs_featurestore.plan import Plan, compare, refusals
 from mlfuncs_featurestore.types import FeatureType
 
 if TYPE_CHECKING:
-    from mlfuncs.registry.definitions import Definitions
+    from mlfuncs.registry.definitions import Definitions, Seen
 
 _PREFIX = "feature_"
+_KINDS = tuple(_PREFIX + kind for kind in ("entity", "view", "on_demand", "service"))
+_ATTEMPTS = 20  # of one apply, while others apply other definitions
 
 
 class Catalog:
@@ -41,18 +44,48 @@ class Catalog:
         return open_registry(self.settings).definitions
 
     def apply(self, definitions: Definition | Iterable[Definition], *, dry_run: bool = False) -> Plan:
-        """Record the definitions, all or none, and return the plan. See FeatureStore.apply."""
+        """Record the definitions, all or none, and return the plan. See FeatureStore.apply.
+
+        The plan is made of what was there a moment before: when another process records something in between, it is
+        made anew. Raises Conflict when that process changed one of these very definitions to something else.
+        """
         given = [definitions] if isinstance(definitions, Definition) else list(definitions)
         wanted = self._with_code(_with_entities(given))
+        for _ in range(_ATTEMPTS):
+            seen = self._documents.look(_KINDS)
+            plan = self._plan(wanted, dry_run)
+            reached("apply:planned")
+            try:
+                if not dry_run:
+                    self._documents.put_all([(_PREFIX + one.kind, one.name, one.to_dict()) for one in wanted], seen)
+                return plan
+            except Conflict:
+                self._check_taken(wanted, seen)
+        raise Conflict(
+            f"others changed definitions {_ATTEMPTS} times while this apply ran; nothing was applied: repeat it"
+        )
+
+    def _plan(self, wanted: list[Definition], dry_run: bool) -> Plan:
         history = {(one.kind, one.name): self._versions(one.kind, one.name) for one in wanted}
         reasons = [reason for one in wanted for reason in refusals(history[one.kind, one.name], one)]
         if reasons:
             raise Conflict("nothing was applied, because it would corrupt what is stored:\n  " + "\n  ".join(reasons))
         self._check_references(wanted)
         changes = tuple(compare(next(iter(history[one.kind, one.name]), None), one) for one in wanted)
-        if not dry_run:
-            self._documents.put_all([(_PREFIX + one.kind, one.name, one.to_dict()) for one in wanted])
         return Plan(changes, applied=not dry_run)
+
+    def _check_taken(self, wanted: list[Definition], seen: Seen) -> None:
+        """Refuse to write over what another process made of the same definitions since `seen`."""
+        now = self._documents.look(_KINDS).versions
+        for one in wanted:
+            key = (_PREFIX + one.kind, one.name)
+            stored = next(iter(self._versions(one.kind, one.name)), None)
+            same = stored is not None and stored.digest == one.digest
+            if now.get(key) != seen.versions.get(key) and not same:
+                raise Conflict(
+                    f"{one.kind} {one.name!r} was changed by another process during this apply (its version is "
+                    f"{now.get(key)} now); nothing was applied: look at the plan (dry_run=True), then apply again"
+                )
 
     def view(self, name: str, version: int | None = None) -> FeatureView:
         """The view of that name. Raises NotFound with near names."""
@@ -82,10 +115,12 @@ class Catalog:
 
     def delete(self, kind: str, name: str) -> None:
         """Remove a definition; its tables stay. Raises NotFound, and Conflict while another definition uses it."""
+        seen = self._documents.look(_KINDS)
+        self._documents.get(_PREFIX + kind, name)
         users = [one.name for one in self._dependents() if kind != "entity" and _uses(one, name)]
         if users and kind != "service":
             raise Conflict(f"{kind} {name!r} is used by {', '.join(users)}; delete or change those first")
-        self._documents.delete(_PREFIX + kind, name)
+        self._documents.put_all([(_PREFIX + kind, name, None)], seen)
 
     def search(self, text: str = "", *, tag: str = "", owner: str = "") -> list[dict[str, Any]]:
         """Features whose name, view, description or tags contain `text`, filtered by tag ("key" or "key=value")."""

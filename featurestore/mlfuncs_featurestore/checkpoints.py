@@ -1,4 +1,4 @@
-"""Named moments between the durable steps of push and materialize, where a test can make the process fail.
+"""Named moments between the steps of apply, push and materialize, where a test can make the process fail.
 
 Owns: `reached`. In a running program it does nothing.
 """

@@ -8,7 +8,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from mlfuncs.errors import NotFound, SpecError
+from mlfuncs.errors import Conflict, NotFound, SpecError
 from mlfuncs.registry.database import Database
 from mlfuncs.registry.schema import canonical
 from mlfuncs.registry.schema import definitions as table
@@ -27,6 +27,14 @@ class Definition:
     created_at: float
 
 
+@dataclass(frozen=True)
+class Seen:
+    """The number of the newest version, deletions included, of every (kind, name) of some kinds at one moment."""
+
+    kinds: tuple[str, ...]
+    versions: dict[tuple[str, str], int]
+
+
 class Definitions:
     """The project's documents; the newest version is what holds, older ones stay readable."""
 
@@ -37,14 +45,28 @@ class Definitions:
         """The document with `body` as its newest version; a body equal to the newest one makes no new version."""
         return self.put_all([(kind, name, body)])[0]
 
-    def put_all(self, documents: list[tuple[str, str, Any]]) -> list[Definition]:
-        """Like `put` for several (kind, name, body), all of them or none. Raises SpecError for a body not JSON."""
+    def put_all(self, documents: list[tuple[str, str, Any]], seen: Seen | None = None) -> list[Definition]:
+        """Like `put` for several (kind, name, body), all of them or none; a body None deletes.
+
+        `seen` is what `look` said when the caller decided on the documents. Raises Conflict, with nothing written,
+        when it says something else by now; SpecError for a body that is not JSON.
+        """
         for kind, name, body in documents:
             try:
                 canonical(body)
             except (TypeError, ValueError) as exc:
                 raise SpecError(f"the definition of {kind} {name!r} is not a JSON document: {exc}") from exc
-        return self._database.write(lambda c: [self._put(c, *document) for document in documents])
+
+        def work(connection: sa.Connection) -> list[Definition]:
+            if seen is not None:
+                self._check_unchanged(connection, seen)
+            return [self._put(connection, *document) for document in documents]
+
+        return self._database.write(work)
+
+    def look(self, kinds: tuple[str, ...]) -> Seen:
+        """What there is now of these kinds, for `put_all` to check that nobody changed it meanwhile."""
+        return self._database.read(lambda c: self._look(c, kinds))
 
     def get(self, kind: str, name: str, version: int | None = None) -> Definition:
         """The document's newest version, or that `version` even if deleted since. Raises NotFound."""
@@ -95,6 +117,23 @@ class Definitions:
         values = {"kind": kind, "name": name, "version": number, "body": body, "created_at": time.time()}
         connection.execute(table.insert(), [{"project": self._project, **values}])
         return Definition(project=self._project, **values)
+
+    def _look(self, connection: sa.Connection, kinds: tuple[str, ...]) -> Seen:
+        query = (
+            sa.select(table.c.kind, table.c.name, sa.func.max(table.c.version))
+            .where(table.c.project == self._project, table.c.kind.in_(kinds))
+            .group_by(table.c.kind, table.c.name)
+        )
+        return Seen(kinds, {(kind, name): version for kind, name, version in connection.execute(query)})
+
+    def _check_unchanged(self, connection: sa.Connection, seen: Seen) -> None:
+        # The counter's row lock makes writers that check take turns until they commit.
+        next_number(connection, f"definitions/{self._project}")
+        before, now = seen.versions, self._look(connection, seen.kinds).versions
+        changed = sorted(key for key in {*now, *before} if now.get(key, 0) != before.get(key, 0))
+        if changed:
+            named = ", ".join(f"{kind} {name!r}" for kind, name in changed)
+            raise Conflict(f"{named} changed meanwhile, so nothing was written; look again and repeat")
 
     def _named(self, kind: str, name: str) -> tuple[sa.ColumnElement[bool], ...]:
         return (table.c.project == self._project, table.c.kind == kind, table.c.name == name)

@@ -282,6 +282,19 @@ class TestDefinitions:
         registry.definitions.put_all([("view", "a", {}), ("view", "b", {})])
         assert [d.name for d in registry.definitions.list("view")] == ["a", "b"]
 
+    def test_a_decision_on_what_was_changed_since_is_not_written(self, registry):
+        definitions = registry.definitions
+        seen = definitions.look(("view", "service"))
+        definitions.put("other", "x", {})  # of a kind that was not looked at
+        definitions.put_all([("view", "a", {"n": 1})], seen)
+        with pytest.raises(Conflict, match="view 'a' changed meanwhile"):
+            definitions.put_all([("view", "b", {})], seen)
+        seen = definitions.look(("view", "service"))
+        definitions.put_all([("view", "a", None)], seen)
+        with pytest.raises(Conflict):
+            definitions.put_all([("service", "s", {})], seen)
+        assert definitions.list("view") == [] == definitions.list("service")
+
 
 def write_everything(number, barrier, failures):
     try:
