@@ -6,12 +6,13 @@ import math
 import os
 import secrets
 import threading
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from mlfuncs import errors
 from mlfuncs.errors import DeadlineExceeded, InvalidInput, MlfuncsError, Unavailable
-from mlfuncs.serving.request_context import current_request
+from mlfuncs.serving.request_context import current_request, note_call
 
 if TYPE_CHECKING:
     import urllib3
@@ -39,12 +40,16 @@ def invoke(url: str, body: bytes, *, token: str = "", timeout_s: float | None = 
     timeout = urllib3.Timeout(connect=min(CONNECT_TIMEOUT_S, allowed_s), read=allowed_s)
     # A refused connection was never a request, so it is tried again; a request that may have been read is not.
     retries = urllib3.Retry(total=None, connect=3, read=0, status=0, other=0, redirect=0, backoff_factor=0.1)
+    started_s, status = time.monotonic(), 0
     try:
         answer = _pool().request("POST", url, body=body, headers=headers, timeout=timeout, retries=retries)
+        status = answer.status
     except urllib3.exceptions.MaxRetryError as exc:
         raise _unreachable(url, allowed_s, exc.reason or exc) from exc
     except urllib3.exceptions.HTTPError as exc:
         raise _unreachable(url, allowed_s, exc) from exc
+    finally:
+        note_call(url, headers.get("traceparent", ""), started_s, status)
     kind = answer.headers.get("Content-Type", "")
     if answer.status >= 400:
         raise _failure(answer.status, kind, answer.data, answer.headers.get("Retry-After"))

@@ -6,7 +6,9 @@ The worker sets it around every call; code that calls further (another endpoint)
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextvars import ContextVar
+from dataclasses import dataclass
 
 
 class RequestContext:
@@ -24,6 +26,33 @@ class RequestContext:
     def extend(self, timeout_s: float) -> None:
         """Move the deadline to `timeout_s` from now: a stream's next item has the same time as its first."""
         self.deadline_s = time.monotonic() + timeout_s
+
+
+@dataclass(frozen=True)
+class OutgoingCall:
+    """A call that the running request made of an endpoint. `status` is the answer's, 0 when none came."""
+
+    url: str
+    parent: str  # the running request's traceparent
+    traceparent: str  # the one that was sent
+    started_s: float  # time.monotonic()
+    status: int
+
+
+_watch: Callable[[OutgoingCall], None] | None = None
+
+
+def watch_calls(watcher: Callable[[OutgoingCall], None] | None) -> None:
+    """Tell `watcher` of every call made inside a request of this process, once it is over; None ends it."""
+    global _watch
+    _watch = watcher
+
+
+def note_call(url: str, traceparent: str, started_s: float, status: int) -> None:
+    """Tell the watcher, when there is one and a request is running."""
+    request = CURRENT_REQUEST.get()
+    if _watch is not None and request is not None:
+        _watch(OutgoingCall(url, request.traceparent, traceparent, started_s, status))
 
 
 CURRENT_REQUEST: ContextVar[RequestContext | None] = ContextVar("mlfuncs_request", default=None)

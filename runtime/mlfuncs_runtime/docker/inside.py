@@ -105,7 +105,7 @@ def serve_tcp(app: WorkerApp, config: WorkerConfig) -> None:
     """Serve a loaded application on the container's port until SIGTERM has drained it."""
     import gc
 
-    from mlfuncs_runtime.worker.process import log
+    from mlfuncs_runtime.worker.process import log, run_traced
     from mlfuncs_runtime.worker.server import Service
 
     gc.collect()
@@ -113,7 +113,7 @@ def serve_tcp(app: WorkerApp, config: WorkerConfig) -> None:
     listener = listen_tcp(port())
     service = Service(app, listener, config.drain_s)
     service.on_ready = lambda: log.info("%s %s ready on port %d", config.endpoint, config.revision, port())
-    service.run()
+    run_traced(service, app, config)
 
 
 def listen_tcp(number: int) -> socket.socket:

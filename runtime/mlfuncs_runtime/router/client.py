@@ -191,6 +191,9 @@ class Client(RequestReader):
     def _reply_error(self, request: Request, error: MlfuncsError) -> None:
         status, body, extra = problem_of(error, request.request_id)
         self.core.refused[status] = self.core.refused.get(status, 0) + 1
+        if self.core.spans is not None:
+            request.status = status
+            self.core.spans.note(request, time.monotonic())
         self.reply(request, status, body, extra)
 
     def reply(

@@ -21,6 +21,7 @@ from mlfuncs_runtime.router.request import Plan, Request
 
 if TYPE_CHECKING:
     from mlfuncs_runtime.router.client import Client
+    from mlfuncs_runtime.router.spans import RouterSpans
     from mlfuncs_runtime.routes import Route
 
 _PLACES = 4096  # request targets whose place is remembered
@@ -40,6 +41,7 @@ class RouterOptions:
     stall_timeout_s: float = 60.0  # without a byte of a body, or of room for an answer
     drain_timeout_s: float = 60.0  # after SIGTERM
     access_log: str = ""  # "", "text" or "json"
+    spans: RouterSpans | None = None  # where finished requests go; None: nowhere
     log: logging.Logger = field(default_factory=lambda: logging.getLogger("mlfuncs.router"))
 
 
@@ -64,6 +66,7 @@ class Core:
         self.clients: set[Client] = set()
         self.active: dict[Request, None] = {}  # admitted, and without an answer yet: a deadline holds
         self.logs_access = bool(options.access_log)
+        self.spans = options.spans
         self.draining: bool = False
         self.refused: dict[int, int] = {}
         self.retired: dict[tuple[str, str], Any] = {}
@@ -165,6 +168,8 @@ class Core:
         request.arrived_s = time.monotonic()
         request.request_id = head.request_id or self._prefix + number
         request.traceparent = head.traceparent or self._trace + number + b"-" + number + b"-01"
+        if self.spans is not None and head.traceparent:
+            request.traceparent = self.spans.own_traceparent(head.traceparent, number)
 
     def route(self, request: Request, client: Client) -> Plan | None:
         """Check a request and hand it to its endpoint; the plan that was followed. None: the platform answered.

@@ -338,6 +338,8 @@ class Endpoint:
         if core.logs_access and not request.is_copy:
             core.log_access(request, now_s - request.arrived_s)
         replica, request.replica = request.replica, None
+        if core.spans is not None:
+            core.spans.note(request, now_s, replica.replica.id if replica is not None else "")
         if replica is not None:
             replica.in_flight -= 1
             if replica.is_gone or replica.waiters:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from httptools import HttpParserError, HttpResponseParser
 
+from mlfuncs_runtime import tracing
 from mlfuncs_runtime.worker.metrics import CONTENT_TYPE
 
 if TYPE_CHECKING:
@@ -172,6 +173,9 @@ def _add_router(core: Core, families: Families) -> None:
     for status, number in sorted(core.refused.items()):
         add("mlfuncs_requests_refused_total", {"code": str(status)}, number)
     add("mlfuncs_router_connections", {}, len(core.clients))
+    if core.spans is not None:
+        add("mlfuncs_spans_exported_total", {}, core.spans.export.exported)
+        add("mlfuncs_spans_dropped_total", {}, core.spans.export.dropped)
     add("mlfuncs_router_cpu_seconds_total", {}, round(time.process_time(), 6))
 
 
@@ -188,6 +192,8 @@ _HELP = {
     "mlfuncs_concurrent_requests": ("gauge", "Requests that wait or are being answered."),
     "mlfuncs_requests_refused_total": ("counter", "Requests that no endpoint took, by HTTP status."),
     "mlfuncs_router_connections": ("gauge", "Client connections."),
+    "mlfuncs_spans_exported_total": ("counter", tracing.HELP["exported"]),
+    "mlfuncs_spans_dropped_total": ("counter", tracing.HELP["dropped"]),
     "mlfuncs_router_cpu_seconds_total": ("counter", "CPU time of the router's process."),
 }
 

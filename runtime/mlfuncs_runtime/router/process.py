@@ -25,14 +25,17 @@ from pathlib import Path
 import uvloop
 
 from mlfuncs.errors import MlfuncsError, SpecError
+from mlfuncs.settings import read_settings
 from mlfuncs_runtime import control
 from mlfuncs_runtime.router.client import Client
 from mlfuncs_runtime.router.control import RouterOrders, Waker
 from mlfuncs_runtime.router.core import Core, RouterOptions
+from mlfuncs_runtime.router.spans import open_router_spans
 
 BACKLOG = 4096
 _GC_ALLOCATIONS = 100_000
 _LOOK_S = 0.5  # how often overdue connections are looked for
+_SWITCH_S = 0.0005  # a request waits no longer than this for the thread that encodes spans; Python's default is 5 ms
 _LAME_DUCK_S = 0.2  # after SIGTERM an idle connection may still bring a request that is on its way; a guess
 log = logging.getLogger("mlfuncs.router")
 
@@ -62,6 +65,9 @@ class Router:
         self.orders.restore()
         loop = asyncio.get_running_loop()
         self._listener.setblocking(False)
+        if self.core.spans is not None:
+            sys.setswitchinterval(_SWITCH_S)
+            self.core.spans.export.start()
         if control_path is not None:
             self._control = await control.serve(control_path, self.orders.answer)
         self._server = await loop.create_server(lambda: Client(self.core), sock=self._listener, backlog=BACKLOG)
@@ -92,6 +98,8 @@ class Router:
         for client in list(self.core.clients):
             client.transport.abort()
         self.core.close()
+        if self.core.spans is not None:
+            self.core.spans.export.stop()
 
     async def _look_after_clients(self) -> None:
         while True:
@@ -168,6 +176,7 @@ def main(command_line: Sequence[str] | None = None) -> int:
     try:
         listener = open_listener(arguments)
         check_reach(listener, digests)
+        spans = open_router_spans(read_settings(), log)
     except MlfuncsError as exc:
         print(f"mlfuncs router: {exc}", file=sys.stderr)
         return 1
@@ -177,7 +186,7 @@ def main(command_line: Sequence[str] | None = None) -> int:
     gc.collect()
     gc.freeze()
     gc.set_threshold(_GC_ALLOCATIONS)  # requests hold no cycles; looking for some took 2 us of each (measured)
-    options = RouterOptions(token_sha256=tuple(digests), access_log=arguments.access_log)
+    options = RouterOptions(token_sha256=tuple(digests), access_log=arguments.access_log, spans=spans)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(serve(listener, options, arguments))
     return 0

@@ -18,9 +18,11 @@ import time
 from typing import Any
 
 from mlfuncs.errors import MlfuncsError
+from mlfuncs.serving.request_context import watch_calls
 from mlfuncs.settings import Settings, read_settings
 from mlfuncs_runtime.supervisor.places import Places, make_places, read_json, write_json
 from mlfuncs_runtime.supervisor.triggers import TOKEN, status_path, table_path
+from mlfuncs_runtime.tracing import SpanExport, note_call, open_export
 from mlfuncs_runtime.triggers.calls import Callee
 from mlfuncs_runtime.triggers.runners import CronMemories, Runner, make_runner
 from mlfuncs_runtime.triggers.table import Entry
@@ -47,6 +49,7 @@ class TriggerProcess:
 
     def run(self, stop: threading.Event) -> None:
         """Follow the table until `stop`."""
+        export = self._trace()
         while not stop.is_set():
             table = read_json(table_path(self._places))
             if table is not None and table != self._seen:
@@ -55,6 +58,23 @@ class TriggerProcess:
             self._tell()
             stop.wait(_LOOK_EVERY_S)
         self._end(list(self._runners.values()))
+        if export is not None:
+            export.stop()
+
+    def _trace(self) -> SpanExport | None:
+        """Send a span of every call, when the settings name a collector."""
+        settings = self._settings
+        if not settings.otel_endpoint:
+            return None
+        attributes = {"service.namespace": settings.project, "mlfuncs.project": settings.project}
+        try:
+            export = open_export(settings.otel_endpoint, "mlfuncs-triggers", attributes)
+        except MlfuncsError as exc:
+            log.warning("%s", exc)
+            return None
+        watch_calls(lambda call: note_call(export, call, "CONSUMER"))
+        export.start()
+        return export
 
     def _follow(self, table: dict[str, Any]) -> None:
         """End what is not in the table any more, then begin what is new."""

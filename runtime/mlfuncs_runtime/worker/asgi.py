@@ -16,7 +16,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlfuncs.errors import NotFound, Unavailable
 from mlfuncs_runtime.worker.exchange import JSON, Exchange, Receive, Scope, Send
@@ -26,6 +26,9 @@ from mlfuncs_runtime.worker.invocation import AppOptions, Invocation
 from mlfuncs_runtime.worker.metrics import CONTENT_TYPE as METRICS_TYPE
 from mlfuncs_runtime.worker.metrics import WorkerMetrics
 from mlfuncs_runtime.worker.streaming import EVENTS, NDJSON
+
+if TYPE_CHECKING:
+    from mlfuncs_runtime.worker.spans import WorkerSpans
 
 Route = Callable[[Exchange], Awaitable[None]]
 HTML = b"text/html; charset=utf-8"
@@ -47,6 +50,7 @@ class WorkerApp:
         self.in_flight = 0
         self.starting: list[Awaitable[None]] = []
         self.metrics = WorkerMetrics(options.labels)
+        self.spans: WorkerSpans | None = None  # where requests' spans go; None: nowhere
         self.on_stuck = on_stuck
         self.invocation = Invocation(handler, options, self.metrics, self.give_up)
         self._post: Route = self.invocation.post
@@ -78,6 +82,7 @@ class WorkerApp:
             return
         started = time.perf_counter()
         exchange = Exchange(scope, receive, send, self.options.timeout_s)
+        begun = self.spans.enter(exchange) if self.spans is not None else None
         exchange.close = self.draining
         self.in_flight += 1
         try:
@@ -95,6 +100,8 @@ class WorkerApp:
         finally:
             self.in_flight -= 1
             self.metrics.observe(exchange.status, time.perf_counter() - started)
+            if begun is not None and self.spans is not None:
+                self.spans.leave(exchange, begun)
 
     async def start(self) -> None:
         """Await what has to run on the server's own loop before the first request: async warm-ups."""
@@ -192,7 +199,10 @@ class WorkerApp:
 
     async def _get_metrics(self, exchange: Exchange) -> None:
         waiting = getattr(self.invocation.calls, "waiting", 0)
-        await exchange.answer(200, self.metrics.render(self.in_flight - 1, waiting), METRICS_TYPE)
+        text = self.metrics.render(self.in_flight - 1, waiting)
+        if self.spans is not None:
+            text += self.spans.export.metrics(self.metrics.labels)
+        await exchange.answer(200, text, METRICS_TYPE)
 
     async def _get_docs(self, exchange: Exchange) -> None:
         await exchange.answer(200, self._docs, HTML, [(b"content-security-policy", _CSP)])

@@ -40,6 +40,7 @@ class AppOptions:
     body_bytes: int = 64 * 2**20
     stuck_grace_s: float = 5.0
     labels: Mapping[str, str] = field(default_factory=dict)
+    otel_endpoint: str = ""  # the setting of that name
 
 
 class Invocation:

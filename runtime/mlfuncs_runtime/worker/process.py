@@ -27,6 +27,7 @@ from mlfuncs_runtime.worker.logs import LogOptions, open_log
 
 if TYPE_CHECKING:
     from mlfuncs_runtime.worker.asgi import WorkerApp
+    from mlfuncs_runtime.worker.server import Service
 
 EXIT_LOAD_FAILED = 78  # EX_CONFIG of sysexits.h
 _PR_SET_NAME = 15  # prctl(2)
@@ -105,6 +106,7 @@ def load_app(config: WorkerConfig, settings: Settings) -> WorkerApp:
         body_bytes=config.body_bytes,
         stuck_grace_s=config.stuck_grace_s,
         labels=labels(config),
+        otel_endpoint=settings.otel_endpoint,
     )
     app = WorkerApp(handler, options)
     if (pending := handler.warm()) is not None:
@@ -123,9 +125,20 @@ def serve(app: WorkerApp, config: WorkerConfig) -> None:
     listener = listen_unix(config.socket)
     service = Service(app, listener, config.drain_s)
     service.on_ready = lambda: note_ready(app, config)
-    service.run()
+    run_traced(service, app, config)
     with contextlib.suppress(OSError):
         os.unlink(config.socket)
+
+
+def run_traced(service: Service, app: WorkerApp, config: WorkerConfig) -> None:
+    """Run the service to its end; spans are sent meanwhile when the settings name a collector."""
+    if app.options.otel_endpoint:
+        from mlfuncs_runtime.worker.spans import start_spans
+
+        app.spans = start_spans(app.options.otel_endpoint, config)
+    service.run()
+    if app.spans is not None:
+        app.spans.export.stop()
 
 
 def note_ready(app: WorkerApp, config: WorkerConfig) -> None:
