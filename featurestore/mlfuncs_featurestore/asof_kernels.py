@@ -14,7 +14,7 @@ _MIX1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX2 = np.uint64(0x94D049BB133111EB)
 
 
-@njit(cache=True, inline="always")
+@njit(cache=True)
 def _slot(value, mask):
     z = uint64(value)
     z = (z ^ (z >> np.uint64(30))) * _MIX1
@@ -100,7 +100,7 @@ def group_events(ids, n, event, created, ingest):
     return order, starts
 
 
-@njit(cache=True, inline="always")
+@njit(cache=True)
 def _greater(i, j, event, created, ingest):
     if event[i] != event[j]:
         return event[i] > event[j]
@@ -131,7 +131,8 @@ def _sort(order, spare, first, last, event, created, ingest):
                 else:
                     spare[k] = order[j]
                     j += 1
-        order[first:last] = spare[first:last]
+        for k in range(first, last):
+            order[k] = spare[k]
         width *= 2
 
 

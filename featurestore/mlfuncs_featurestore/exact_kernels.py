@@ -22,7 +22,7 @@ LOW32 = np.int64(0xFFFFFFFF)
 POWERS = np.array([2.0**k for k in range(-1074, 1024)])
 
 
-@njit(cache=True, inline="always")
+@njit(cache=True)
 def split(bits):
     """Exponent field (1 for subnormals) and mantissa of the float with these bits."""
     exponent = (bits >> 52) & EXPONENTS
@@ -32,7 +32,7 @@ def split(bits):
     return exponent, mantissa | IMPLICIT
 
 
-@njit(cache=True, inline="always")
+@njit(cache=True)
 def bit_length(value):
     """Bits of a uint64 up to its highest set one."""
     n = 0
@@ -57,7 +57,7 @@ def bit_length(value):
     return n + int(value)
 
 
-@njit(cache=True, inline="always")
+@njit(cache=True)
 def scale(whole, power):
     """whole * 2**power as float64 for whole < 2**54 that is exact or overflows to infinity."""
     if power > 1023:
@@ -65,7 +65,7 @@ def scale(whole, power):
     return np.float64(whole) * POWERS[power + 1074]
 
 
-@njit(cache=True, inline="always")
+@njit(cache=True)
 def round_128(high, low, power):
     """The float64 nearest to the signed 128-bit integer (high, low) times 2**power; power >= -1074."""
     negative = high < 0
@@ -101,7 +101,7 @@ def round_128(high, low, power):
     return -value if negative else value
 
 
-@njit(cache=True, inline="always")
+@njit(cache=True)
 def shifted(mantissa, shift):
     """mantissa << shift as a 128-bit (high, low); the result stays below 2**127."""
     m, s = np.uint64(mantissa), np.uint64(shift)
@@ -112,14 +112,14 @@ def shifted(mantissa, shift):
     return np.int64(m << (s - np.uint64(64))), np.uint64(0)
 
 
-@njit(cache=True, inline="always")
+@njit(cache=True)
 def add_128(high, low, other_high, other_low):
     """The sum of two 128-bit integers."""
     total = low + other_low
     return high + other_high + (np.int64(1) if total < low else np.int64(0)), total
 
 
-@njit(cache=True, inline="always")
+@njit(cache=True)
 def subtract_128(high, low, other_high, other_low):
     """The difference of two 128-bit integers."""
     return high - other_high - (np.int64(1) if low < other_low else np.int64(0)), low - other_low

@@ -13,7 +13,7 @@ _FNV_PRIME = np.uint64(0x100000001B3)
 _S30, _S27, _S31 = np.uint64(30), np.uint64(27), np.uint64(31)
 
 
-@njit(cache=True, inline="always")
+@njit(cache=True)
 def _finish(z):
     z = z + _GOLDEN
     z = (z ^ (z >> _S30)) * _MIX1

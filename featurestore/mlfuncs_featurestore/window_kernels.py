@@ -35,6 +35,13 @@ REGISTERS = 4096
 FIRST, LAST = 0, 1
 
 
+@njit(cache=True)
+def _clear(array):
+    """Zeros; an assignment to a slice takes numba seconds to compile."""
+    for i in range(len(array)):
+        array[i] = 0
+
+
 @njit(cache=True, nogil=True)
 def find_fifo(starts, known, until):
     """Per entity, whether events become known in event order and stay (uint8)."""
@@ -47,7 +54,7 @@ def find_fifo(starts, known, until):
     return fifo
 
 
-@njit(cache=True, inline="always")
+@njit(cache=True)
 def _after(event, first, last, moment):
     """The first of the events [first, last) that is later than `moment`."""
     while first < last:
@@ -138,7 +145,7 @@ def float_sums(starts, event, known, until, bits, valid, base_of, q_starts, q_at
             t = q_at[q]
             high, low, count = np.int64(0), np.uint64(0), 0
             nan, infinite, negative_infinite = False, False, False
-            limbs[:] = 0
+            _clear(limbs)
             for i in range(_after(event, first, last, t - window), _after(event, first, last, t)):
                 if not valid[i] or not (known[i] <= t < until[i]):
                     continue
@@ -224,8 +231,8 @@ def float_spreads(starts, event, known, until, fifo, bits, valid, q_starts, q_at
             continue
         base, _ = exponent_range(bits, valid, first, last)
         count, odd = 0, 0
-        sums[:] = 0
-        squares[:] = 0
+        _clear(sums)
+        _clear(squares)
         head, tail = first, first
         for q in range(q_starts[e], q_starts[e + 1]):
             t = q_at[q]
@@ -236,8 +243,8 @@ def float_spreads(starts, event, known, until, fifo, bits, valid, q_starts, q_at
                 stop = tail
             else:
                 count, odd = 0, 0
-                sums[:] = 0
-                squares[:] = 0
+                _clear(sums)
+                _clear(squares)
                 start, stop = _after(event, first, last, t - window), _after(event, first, last, t)
             sign = 1
             while True:
@@ -347,7 +354,7 @@ def distinct(starts, event, known, until, codes, n_codes, hashes, q_starts, q_at
                     seen[codes[i]] = mark
                     count += 1
             if count > bound:
-                registers[:] = 0
+                _clear(registers)
                 for i in range(low, high):
                     if codes[i] >= 0 and known[i] <= t < until[i]:
                         h = hashes[codes[i]]
