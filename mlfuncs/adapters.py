@@ -25,6 +25,8 @@ ADAPTERS: dict[str, tuple[str, str]] = {
     "manifests:differences": ("mlfuncs_runtime.rendering:differences", "kubernetes"),
     "pipelines:component": ("mlfuncs_pipelines.components:to_component", "pipelines"),
     "pipelines:tracing": ("mlfuncs_pipelines.components:is_tracing", "pipelines"),
+    "sweep:process": ("mlfuncs.runs.sweep_lanes:run_in_processes", ""),
+    "sweep:dask": ("mlfuncs.runs.sweep_dask:run_on_dask", "dask"),
     "cli:pipeline": ("mlfuncs_pipelines.cli:pipeline", "pipelines"),
     "cli:features": ("mlfuncs_featurestore.cli:features", "featurestore"),
     "features:reader": ("mlfuncs_featurestore.serving:FeatureReader", "featurestore"),

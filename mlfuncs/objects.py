@@ -192,14 +192,14 @@ class RemoteObjects:
             yield
         except FileNotFoundError:
             raise
-        except _client_errors() as exc:
+        except client_errors() as exc:
             raise StorageError(
                 f"the artifact store {self._url!r} cannot be used: {exc}; "
                 "check MLFUNCS_ARTIFACTS_URL and its credentials"
             ) from exc
 
 
-def _client_errors() -> tuple[type[Exception], ...]:
+def client_errors() -> tuple[type[Exception], ...]:
     """What reading and writing may raise: OSError, and the errors of the storage clients that are loaded."""
     found = (getattr(sys.modules.get(module), name, None) for module, name in _CLIENT_ERRORS)
     return (OSError, ValueError, *(error for error in found if error is not None))

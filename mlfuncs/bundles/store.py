@@ -7,11 +7,12 @@ appears whole, by one rename.
 
 from __future__ import annotations
 
+import base64
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,17 @@ def push(digest: str, content: bytes, signature: bytes, settings: Settings) -> N
             files.pipe_file(f"{folder}/{name}", data)
     except OSError as exc:
         raise StorageError(f"the bundle cannot be pushed to {settings.artifacts_url!r}: {exc}") from exc
+
+
+def unpack_files(digest: str, files: Mapping[str, str], settings: Settings) -> None:
+    """Put a bundle that came along with a task (file name to base64) where bundles are found.
+
+    Its signature is checked when it is opened. Raises NotFound for what is no digest, StorageError.
+    """
+    folder = _folder(check_digest(digest), settings)
+    if not (folder / ARCHIVE).exists():
+        ensure_home(settings)
+        _place(folder, {Path(name).name: base64.b64decode(content) for name, content in files.items()})
 
 
 def _statement(digest: str, content: bytes) -> bytes:

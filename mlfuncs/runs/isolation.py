@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlfuncs.errors import MlfuncsError
-from mlfuncs.runs.journal import ATTEMPT, failed, read_entries
+from mlfuncs.runs.journal import ATTEMPT, Journal, failed, read_entries
 from mlfuncs.runs.provenance import folder_of, git_state
 from mlfuncs.runs.recorder import recorder
 from mlfuncs.runs.records import Batch
@@ -52,7 +52,10 @@ class Packed:
 def pack_function(
     function: Function[Any, Any], settings: Settings, timeout_s: float | None, target: str = "process"
 ) -> Packed:
-    """Bundle the function and make its environment or image ready. Raises BundleError or EnvironmentFailed."""
+    """Bundle the function and make its environment or image ready; neither, when it runs "elsewhere".
+
+    Raises BundleError or EnvironmentFailed.
+    """
     from mlfuncs import adapters
     from mlfuncs.bundles.bundle import build_bundle
     from mlfuncs.environments.environment import environment_for
@@ -62,7 +65,7 @@ def pack_function(
     python: str | Path = sys.executable
     if target == "process":
         python = environment_for(bundle.manifest.lock, settings)
-    else:
+    elif target != "elsewhere":
         command = tuple(adapters.load(f"runs:{target}")(bundle.digest, function.spec, settings))
     if timeout_s is None and function.spec.timeout_s != _SPEC_TIMEOUT_S:
         timeout_s = function.spec.timeout_s
@@ -129,15 +132,15 @@ def see_through(
 
     `children` gives the child for an attempt: a new one, or one that is used again.
     """
-    final = failed("NotStarted", "it was never started")
+    journal, write = started.record.journal, started.log.write
+
+    def tell(attempt: int) -> None:
+        if attempt > 1:
+            started.registry.runs.update(started.row.id, attempt=attempt)
+
     try:
-        for attempt in range(1, packed.spec.retries + 2):
-            final = _attempt(packed, started, arguments, children, cancelled, attempt)
-            if final["status"] != "failed" or cancelled.is_set() or attempt > packed.spec.retries:
-                break
-            error = final["error"]
-            started.log.write(f"attempt {attempt} failed ({error['type']}: {error['message']}); trying again\n")
-            cancelled.wait(_FIRST_RETRY_S * 2 ** (attempt - 1) * random.uniform(0.75, 1.25))
+        work = Work(packed, lambda: _task(packed, started, arguments), journal, write, cancelled, tell)
+        final = attempt_often(work, children)
         started.end(final)
     finally:
         started.log.close()
@@ -145,21 +148,40 @@ def see_through(
     return final
 
 
-def _attempt(
-    packed: Packed,
-    started: Started,
-    arguments: Arguments,
-    children: Callable[[], Child],
-    cancelled: threading.Event,
-    attempt: int,
-) -> dict[str, Any]:
-    started.record.journal.append(ATTEMPT, attempt)
-    if attempt > 1:
-        started.registry.runs.update(started.row.id, attempt=attempt)
+@dataclass(frozen=True)
+class Work:
+    """What a child is to do: its `task`, the journal it writes, where its output goes, what stops it."""
+
+    packed: Packed
+    task: Callable[[], Mapping[str, Any]]  # raises MlfuncsError when an argument cannot be stored
+    journal: Journal
+    write: Callable[[str], object]
+    cancelled: threading.Event
+    tell: Callable[[int], object] = lambda attempt: None  # is told the number of each attempt, from 1
+
+
+def attempt_often(work: Work, children: Callable[[], Child]) -> dict[str, Any]:
+    """The end of the last of as many attempts as the spec allows."""
+    spec = work.packed.spec
+    final = failed("NotStarted", "it was never started")
+    for attempt in range(1, spec.retries + 2):
+        final = _attempt(work, children, attempt)
+        if final["status"] != "failed" or work.cancelled.is_set() or attempt > spec.retries:
+            break
+        error = final["error"]
+        work.write(f"attempt {attempt} failed ({error['type']}: {error['message']}); trying again\n")
+        work.cancelled.wait(_FIRST_RETRY_S * 2 ** (attempt - 1) * random.uniform(0.75, 1.25))
+    return final
+
+
+def _attempt(work: Work, children: Callable[[], Child], attempt: int) -> dict[str, Any]:
+    packed, cancelled = work.packed, work.cancelled
+    work.journal.append(ATTEMPT, attempt)
+    work.tell(attempt)
     try:
-        task = _task(packed, started, arguments)
+        task = work.task()
         child = children()
-        child.start(task, started.log.write)
+        child.start(task, work.write)
     except MlfuncsError as exc:
         return failed(type(exc).__name__, str(exc))
     except ChildDied as died:
@@ -171,7 +193,7 @@ def _attempt(
         stopped = _why_stopped(cancelled, deadline)
         if stopped is None:
             return failed("ProcessDied", f"its process died: {died}")
-    final = _last_word(started)
+    final = _last_word(work.journal)
     if stopped == "cancelled":
         ended = failed("Cancelled", "it was cancelled")
         return {**ended, **_usage(final), "status": "cancelled"}
@@ -232,18 +254,23 @@ def _teller() -> Callable[[str], None]:
 
 
 def _task(packed: Packed, started: Started, arguments: Arguments) -> dict[str, Any]:
-    settings, hints = packed.settings, arguments.hints
     return {
         "run": started.row.id,
         "bundle": packed.bundle.digest,
         "journal": str(started.record.journal.path),
-        "values": {n: encode_for_child(value, hints.get(n), settings) for n, value in arguments.given.items()},
+        "values": child_values(packed, arguments),
     }
 
 
-def _last_word(started: Started) -> dict[str, Any] | None:
+def child_values(packed: Packed, arguments: Arguments) -> dict[str, dict[str, Any]]:
+    """The arguments as documents for another process, what is not plain stored. Raises ArtifactError."""
+    settings, hints = packed.settings, arguments.hints
+    return {name: encode_for_child(value, hints.get(name), settings) for name, value in arguments.given.items()}
+
+
+def _last_word(journal: Journal) -> dict[str, Any] | None:
     batch = Batch()
-    for entries, _offset in read_entries(started.record.journal.path):
+    for entries, _offset in read_entries(journal.path):
         batch.add(entries)
     return batch.final
 

@@ -3,32 +3,29 @@
     result = train.sweep(grid={"depth": [2, 4, 8], "rate": [0.1, 0.3]}, objective="max:auc", parallel=4)
     result.best.params, result.best.outputs["model"]
 
-Points run in child interpreters that are used again from point to point. A fork would be faster to start, but it hangs
-when the parent ever ran an OpenMP kernel (scikit-learn, xgboost), so children are spawned.
+Points run in child interpreters of this machine, on a Dask cluster, or as the steps of a pipeline, here or on Kubeflow;
+the result is the same.
 """
 
 from __future__ import annotations
 
-import os
-import queue
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from mlfuncs import adapters
 from mlfuncs.errors import InvalidInput, RunFailed, SpecError
-from mlfuncs.progress import Progress, progress
+from mlfuncs.progress import progress
 from mlfuncs.runs.handle import Run
-from mlfuncs.runs.isolation import Packed, begin_isolated, child_environ, pack_function, see_through
+from mlfuncs.runs.isolation import pack_function
 from mlfuncs.runs.journal import failed
 from mlfuncs.runs.objective import Objective
 from mlfuncs.runs.recorder import recorder
 from mlfuncs.runs.search import LogUniform, grid_points, random_points
-from mlfuncs.runs.starting import Arguments, Place, Started, begin, check_arguments
+from mlfuncs.runs.starting import Arguments, Place, begin, check_arguments
+from mlfuncs.runs.sweep_plan import Plan, StopEarly, Sweep
 from mlfuncs.runs.sweep_result import SweepResult, describe_point
 from mlfuncs.runs.values import as_handle, describe, encode_for_child
-from mlfuncs.runs.worker_process import Child
 from mlfuncs.settings import Settings, read_settings
 
 if TYPE_CHECKING:
@@ -36,7 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = ["LogUniform", "SweepResult", "sweep"]
 
-StopEarly = float | Callable[[list[float]], bool]
+Target = Literal["process", "dask", "pipeline", "kubeflow"]
+_TARGETS = ("process", "dask", "pipeline", "kubeflow")
 
 
 def sweep(
@@ -53,6 +51,8 @@ def sweep(
     stop_early: StopEarly | None = None,
     timeout_s: float | None = None,
     progress: bool = True,
+    target: Target = "process",
+    address: str = "",
 ) -> SweepResult:
     """Run `function` at each point of `grid` (all combinations), `list` (as given) or `random` (`n` draws, `seed`).
 
@@ -60,6 +60,10 @@ def sweep(
     or returned by name or alone. `stop_early` is a value that is good enough, or a function of the objectives so far
     (in the order of finishing) that answers whether to stop; points not begun are then left out. One failing point
     does not stop the others. Ctrl-C cancels what runs, marks it so, and raises KeyboardInterrupt.
+
+    `target` is where points run: "process" (here), "dask", "pipeline" (a ParallelFor on the local engine) or
+    "kubeflow" (that same pipeline there). `address` is Dask's scheduler (default: the active client) or Kubeflow's URL
+    (default: the setting kubeflow_host).
 
     Raises SpecError or InvalidInput before anything runs, InvalidInput when the first good run lacks the objective,
     RunFailed when every point failed.
@@ -69,33 +73,22 @@ def sweep(
     points = _points(grid, list, random, n, seed)
     if parallel < 1:
         raise SpecError(f"parallel must be 1 or more processes, not {parallel!r}")
+    _check_target(target, stop_early)
     wrapped, settings = function_of(function), read_settings()
     goal = None if objective is None else Objective.parse(objective)
     arguments = _check_points(wrapped, points, dict(params or {}), settings)
-    packed = pack_function(wrapped, settings, timeout_s)
-    plan = _Plan(wrapped, packed, arguments, goal, min(parallel, len(points)), stop_early)
-    return _run_sweep(plan, points, progress)
+    packed = pack_function(wrapped, settings, timeout_s, "process" if target == "process" else "elsewhere")
+    plan = Plan(wrapped, packed, points, arguments, goal, min(parallel, len(points)), stop_early, target, address)
+    return _run_sweep(plan, progress)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    function: Function[Any, Any]
-    packed: Packed
-    arguments: Sequence[Arguments]
-    objective: Objective | None
-    parallel: int
-    stop_early: StopEarly | None
-
-
-@dataclass
-class _State:
-    """What the threads of a sweep share."""
-
-    waiting: queue.SimpleQueue[int]
-    ended: queue.SimpleQueue[int | BaseException] = field(default_factory=queue.SimpleQueue)
-    cancelled: threading.Event = field(default_factory=threading.Event)
-    runs: dict[int, Run] = field(default_factory=dict)
-    values: dict[int, float] = field(default_factory=dict)
+def _check_target(target: str, stop_early: StopEarly | None) -> None:
+    if target not in _TARGETS:
+        raise SpecError(f"a sweep's target is one of {', '.join(_TARGETS)}, not {target!r}")
+    if stop_early is not None and target in ("pipeline", "kubeflow"):
+        raise SpecError(
+            f"with target={target!r} all points run: leave out stop_early, or choose target='process' or 'dask'"
+        )
 
 
 def _points(
@@ -135,149 +128,52 @@ def _check_points(
     return found
 
 
-def _run_sweep(plan: _Plan, points: list[dict[str, Any]], show: bool) -> SweepResult:
-    details = {"objective": str(plan.objective) if plan.objective else None, "points": len(points)}
-    place = Place(kind="sweep", isolation="process", details=details)
-    parent = begin(plan.function, Arguments({}, {}), place, plan.packed.settings)
+def _run_sweep(plan: Plan, show: bool) -> SweepResult:
+    details = {"objective": str(plan.objective) if plan.objective else None, "points": len(plan.points)}
+    run_points = adapters.load(f"sweep:{plan.target}")
+    parent = begin(plan.function, Arguments({}, {}), Place("sweep", plan.target, details=details), plan.packed.settings)
     recorder().watch(parent.record)
-    state = _State(queue.SimpleQueue())
-    for number in range(len(points)):
-        state.waiting.put(number)
     error: BaseException | None = None
-    try:
-        with progress(f"sweep of {plan.function.spec.name}", total=len(points), enabled=show) as bar:
-            _run_points(plan, parent, state, points, bar)
-    except BaseException as exc:
-        error = exc
-        raise
-    finally:
-        parent.end(_ending(plan, state, error, points))
-        recorder().release(parent.record)
-    return _result(plan, parent, state, points)
-
-
-def _run_points(plan: _Plan, parent: Started, state: _State, points: list[dict[str, Any]], bar: Progress) -> None:
-    threads = [threading.Thread(target=_work, args=(plan, parent, state)) for _ in range(plan.parallel)]
-    for thread in threads:
-        thread.start()
-    try:
-        for _ in points:
-            ended = state.ended.get()
-            if isinstance(ended, BaseException):
-                raise ended
-            _note(plan, state, ended, points, bar)
-            if _is_enough(plan, state):
-                break
-    except BaseException:
-        state.cancelled.set()
-        raise
-    finally:
-        _empty(state.waiting)
-        for thread in threads:
-            _join(thread, state)
-
-
-def _join(thread: threading.Thread, state: _State) -> None:
-    """Wait for a thread; a Ctrl-C meanwhile cancels what still runs."""
-    while thread.is_alive():
+    with progress(f"sweep of {plan.function.spec.name}", total=len(plan.points), enabled=show) as bar:
+        sweep = Sweep(plan, parent, bar)
         try:
-            thread.join()
-        except KeyboardInterrupt:
-            state.cancelled.set()
+            run_points(sweep)
+        except BaseException as exc:
+            error = exc
+            raise
+        finally:
+            parent.end(_ending(sweep, error))
+            recorder().release(parent.record)
+    return _result(sweep)
 
 
-def _work(plan: _Plan, parent: Started, state: _State) -> None:
-    """One lane of the sweep: a child interpreter, one point after another."""
-    threads = str(max(1, (os.cpu_count() or 1) // plan.parallel))
-    chosen = {name: os.environ.get(name, threads) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-    child: Child | None = None
-
-    def usable_child() -> Child:
-        nonlocal child
-        if child is not None and not child.is_usable():
-            child.close()
-            child = None
-        child = child or Child(plan.packed.python, child_environ(plan.packed, **chosen))
-        return child
-
-    try:
-        while not state.cancelled.is_set():
-            number = state.waiting.get_nowait()
-            _run_point(plan, parent, state, number, usable_child)
-            state.ended.put(number)
-    except queue.Empty:
-        pass
-    except BaseException as exc:  # noqa: BLE001 - raised again in the thread that waits for the points
-        state.ended.put(exc)
-    finally:
-        if child is not None:
-            child.close()
-
-
-def _run_point(plan: _Plan, parent: Started, state: _State, number: int, children: Callable[[], Child]) -> None:
-    place = Place(isolation="process", parent_id=parent.row.id, details={"point": number})
-    arguments = plan.arguments[number]
-    started = begin_isolated(plan.function, plan.packed, arguments, place)
-    state.runs[number] = Run(started.row, started.registry, plan.packed.settings)
-    see_through(plan.packed, started, arguments, children, state.cancelled)
-
-
-def _note(plan: _Plan, state: _State, number: int, points: list[dict[str, Any]], bar: Progress) -> None:
-    run = state.runs[number]
-    if plan.objective is not None and run.status == "succeeded":
-        state.values[number] = plan.objective.value(run.metrics, run.outputs)
-    best = plan.objective.best_of(state.values) if plan.objective else None
-    failures = sum(each.row.status == "failed" for each in list(state.runs.values()) if each.row.finished_at)
-    notes = [f"{failures} failed"] if failures else []
-    if best is not None and plan.objective is not None:
-        notes.append(f"best {plan.objective.name}={state.values[best]:.6g} ({describe_point(points[best])})")
-    bar.update(note=", ".join(notes))
-    bar.advance()
-
-
-def _is_enough(plan: _Plan, state: _State) -> bool:
-    if plan.stop_early is None or plan.objective is None or not state.values:
-        return False
-    if callable(plan.stop_early):
-        return bool(plan.stop_early([*state.values.values()]))
-    last = [*state.values.values()][-1]
-    return not plan.objective.is_better(plan.stop_early, last)
-
-
-def _ending(plan: _Plan, state: _State, error: BaseException | None, points: list[dict[str, Any]]) -> dict[str, Any]:
+def _ending(sweep: Sweep, error: BaseException | None) -> dict[str, Any]:
     if isinstance(error, KeyboardInterrupt):
         return {**failed("Cancelled", "it was interrupted"), "status": "cancelled"}
     if error is not None:
         return failed(type(error).__name__, str(error))
-    if all(run.status != "succeeded" for run in state.runs.values()):
+    if all(run.status != "succeeded" for run in sweep.runs.values()):
         return failed("RunFailed", "every point failed")
     outputs = {}
-    best = plan.objective.best_of(state.values) if plan.objective else None
+    best = sweep.plan.objective.best_of(sweep.values) if sweep.plan.objective else None
     if best is not None:
-        chosen = {name: describe(value, {}) for name, value in points[best].items()}
-        outputs = {"best_run": {"value": state.runs[best].id}, "best_params": {"value": chosen}}
+        chosen = {name: describe(value, {}) for name, value in sweep.plan.points[best].items()}
+        outputs = {"best_run": {"value": sweep.runs[best].id}, "best_params": {"value": chosen}}
     return {"status": "succeeded", "error": None, "finished_at": time.time(), "outputs": outputs}
 
 
-def _result(plan: _Plan, parent: Started, state: _State, points: list[dict[str, Any]]) -> SweepResult:
+def _result(sweep: Sweep) -> SweepResult:
+    plan, parent = sweep.plan, sweep.parent
     run = Run(parent.registry.runs.get(parent.row.id), parent.registry, plan.packed.settings)
-    numbers = sorted(state.runs)
-    runs = tuple(state.runs[number] for number in numbers)
+    numbers = sorted(sweep.runs)
+    runs = tuple(sweep.runs[number] for number in numbers)
     if all(each.status == "failed" for each in runs):
         raise RunFailed(
             f"every point of the sweep failed; the first: {runs[0].error}; see ml.get_run({runs[0].id!r})", run.id
         )
     values = []
     for number, each in zip(numbers, runs, strict=True):
-        if plan.objective is not None and number not in state.values and each.status == "succeeded":
-            state.values[number] = plan.objective.value(each.metrics, each.outputs)
-        values.append(state.values.get(number))
-    return SweepResult(run, runs, tuple(points[number] for number in numbers), tuple(values), plan.objective)
-
-
-def _empty(waiting: queue.SimpleQueue[int]) -> None:
-    try:
-        while True:
-            waiting.get_nowait()
-    except queue.Empty:
-        return
+        if plan.objective is not None and number not in sweep.values and each.status == "succeeded":
+            sweep.values[number] = plan.objective.value(each.metrics, each.outputs)
+        values.append(sweep.values.get(number))
+    return SweepResult(run, runs, tuple(plan.points[number] for number in numbers), tuple(values), plan.objective)

@@ -10,9 +10,7 @@ import argparse
 import base64
 import importlib
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -144,18 +142,10 @@ def execute(loaded: Loaded, call: Call) -> None:
 
 def unpack_inline(digest: str, encoded: str, settings: Settings | None = None) -> None:
     """Put a bundle that came with the command where bundles are found; its signature is checked when it is opened."""
-    from mlfuncs.bundles.store import check_digest
-    from mlfuncs.settings import ensure_home, read_settings
+    from mlfuncs.bundles.store import unpack_files
+    from mlfuncs.settings import read_settings
 
-    settings = settings or read_settings()
-    folder = ensure_home(settings) / "bundles" / check_digest(digest) / settings.project
-    if folder.exists():
-        return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix="."))
-    for name, content in json.loads(base64.b64decode(encoded)).items():
-        (aside / Path(name).name).write_bytes(base64.b64decode(content))
-    os.rename(aside, folder)
+    unpack_files(digest, json.loads(base64.b64decode(encoded)), settings or read_settings())
 
 
 def _read_inputs(loaded: Loaded, call: Call) -> dict[str, Any]:

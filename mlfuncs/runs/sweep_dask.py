@@ -1,0 +1,229 @@
+"""The points of a sweep on a Dask cluster.
+
+A task carries the function's signed bundle, so that a worker needs no code of the user's. On the worker the point runs
+in a child interpreter in the function's own environment, with its time limit and retries: a point that dies takes no
+worker with it. When a worker dies, Dask runs its points again on another one.
+
+A worker on this machine shares this home and its signing key. One elsewhere reads and writes at the artifact URL; what
+it signs (models) loads here when its key is trusted or is the project's own (setting signing_key).
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import dataclasses
+import itertools
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlfuncs.errors import MissingExtra, MlfuncsError, SpecError, Unavailable
+from mlfuncs.runs.isolation import Packed, Work, attempt_often, child_environ, child_values
+from mlfuncs.runs.journal import Journal, failed
+from mlfuncs.runs.liveness import machine
+from mlfuncs.runs.outcome import outcome_of
+from mlfuncs.runs.starting import Started
+from mlfuncs.runs.sweep_plan import Sweep
+from mlfuncs.runs.worker_process import Child
+from mlfuncs.settings import Settings, read_settings
+
+if TYPE_CHECKING:
+    import distributed
+
+_CONNECT_S = 10.0
+_ASK_S = 0.5  # how often a worker looks whether its point was cancelled
+
+
+def run_on_dask(sweep: Sweep) -> None:
+    """Run the points, `parallel` at once, until all have ended or the sweep has seen enough. Raises Unavailable."""
+    with _client(sweep.plan.address) as client:
+        _Tasks(sweep, client).run()
+
+
+class _Tasks:
+    """The points that are on the cluster now."""
+
+    def __init__(self, sweep: Sweep, client: distributed.Client) -> None:
+        self._sweep, self._client = sweep, client
+        self._waiting = iter(range(len(sweep.plan.points)))
+        self._running: dict[distributed.Future, tuple[int, Started]] = {}
+        self._shipped = _shipped(sweep.plan.packed)
+
+    def run(self) -> None:
+        import distributed
+
+        enough = False
+        try:
+            first = itertools.islice(self._waiting, self._sweep.plan.parallel)
+            done = distributed.as_completed([self._submit(number) for number in first], loop=self._client.loop)
+            for future in done:
+                enough = self._take(future) or enough
+                number = None if enough else next(self._waiting, None)
+                if number is not None:
+                    done.add(self._submit(number))
+        except BaseException:
+            self._cancel()
+            raise
+
+    def _submit(self, number: int) -> distributed.Future:
+        started = self._sweep.begin(number)
+        plan = self._sweep.plan
+        task = {**self._shipped, "run": started.row.id, "values": child_values(plan.packed, plan.arguments[number])}
+        key = f"{plan.function.spec.name}-{started.row.id}"
+        future = self._client.submit(execute_point, task, key=key, pure=False)
+        self._running[future] = number, started
+        return future
+
+    def _take(self, future: distributed.Future) -> bool:
+        number, started = self._running.pop(future)
+        try:
+            outcome = future.result()
+        except Exception as exc:  # noqa: BLE001 - whatever kept the point from running is its failure
+            return self._sweep.fail(number, started, type(exc).__name__, _why(exc))
+        return self._sweep.end(number, started, outcome)
+
+    def _cancel(self) -> None:
+        """Give up what is on the cluster, which ends the children there, and mark it."""
+        import distributed
+
+        self._sweep.cancelled.set()
+        with contextlib.suppress(TimeoutError, OSError, distributed.CancelledError):  # the cluster may be away
+            self._client.cancel(list(self._running), force=True)
+        for _, started in self._running.values():
+            self._sweep.cancel(started)
+
+
+def execute_point(task: Mapping[str, Any]) -> dict[str, Any]:
+    """On a worker: run one point in a child interpreter and return its outcome."""
+    folder = Path(tempfile.mkdtemp(prefix="mlfuncs-point-"))
+    log: list[str] = []
+    child: list[Child] = []
+    try:
+        packed = _unpacked(task)
+    except MlfuncsError as exc:
+        return outcome_of(folder / "none", failed(type(exc).__name__, str(exc)))
+
+    def next_child() -> Child:
+        for old in child:
+            old.close()
+        child[:] = [Child(packed.python, child_environ(packed))]
+        return child[0]
+
+    journal = Journal(folder / "journal.jsonl")
+    order = {"run": task["run"], "bundle": task["bundle"], "journal": str(journal.path), "values": task["values"]}
+    with _cancellation() as cancelled:
+        try:
+            final = attempt_often(Work(packed, lambda: order, journal, log.append, cancelled), next_child)
+        finally:
+            for old in child:
+                old.close()
+    outcome = outcome_of(journal.path, final, "".join(log))
+    journal.close()
+    return outcome
+
+
+def _shipped(packed: Packed) -> dict[str, Any]:
+    """What every task takes along: the bundle, and where this machine's things are."""
+    from mlfuncs.signing import project_key
+
+    files = [path for path in packed.bundle.path.parent.iterdir() if path.is_file()]
+    return {
+        "bundle": packed.bundle.digest,
+        "files": {path.name: base64.b64encode(path.read_bytes()).decode() for path in files},
+        "timeout_s": packed.timeout_s,
+        "machine": machine(),
+        "home": str(packed.settings.home),
+        "project": packed.settings.project,
+        "artifacts_url": packed.settings.artifacts_url,
+        "key": project_key(packed.settings).public,
+    }
+
+
+def _unpacked(task: Mapping[str, Any]) -> Packed:
+    """The task's function, opened and verified, with its environment on this worker."""
+    from mlfuncs.bundles.bundle import Bundle, open_bundle
+    from mlfuncs.bundles.store import unpack_files
+
+    settings = worker_settings(task)
+    unpack_files(task["bundle"], task["files"], settings)
+    bundle = open_bundle(task["bundle"], settings)
+    spec = bundle.manifest.function_spec
+    found = Bundle(bundle.digest, bundle.path, bundle.manifest)
+    return Packed(found, Path.cwd(), str(bundle.python()), spec, settings, task["timeout_s"])
+
+
+def worker_settings(task: Mapping[str, Any]) -> Settings:
+    """The worker's own settings with the sender's project, key and artifacts, and its home when that is here too.
+
+    Raises SpecError when the sender keeps its artifacts where this machine cannot read them.
+    """
+    own, url = read_settings(), task["artifacts_url"]
+    is_here = task["machine"] == machine()
+    if not is_here and "://" not in url:
+        raise SpecError(
+            f"this Dask worker is on another machine and cannot read the sweep's artifacts ({url or 'in its home'}): "
+            "set MLFUNCS_ARTIFACTS_URL to a URL that all machines reach"
+        )
+    trusted = ",".join(filter(None, [task["key"], own.trusted_keys]))
+    home = Path(task["home"]) if is_here else own.home
+    return dataclasses.replace(own, home=home, project=task["project"], artifacts_url=url, trusted_keys=trusted)
+
+
+@contextmanager
+def _cancellation() -> Iterator[threading.Event]:
+    """An event that is set once the scheduler has given this task up: it was cancelled, or its client is gone."""
+    import distributed
+
+    worker = distributed.get_worker()
+    key = worker.get_current_task()
+    cancelled, over = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        while not over.wait(_ASK_S):
+            task = worker.state.tasks.get(key)
+            if task is None or task.state == "cancelled":
+                cancelled.set()
+                return
+
+    thread = threading.Thread(target=watch, name="mlfuncs-cancellation", daemon=True)
+    thread.start()
+    try:
+        yield cancelled
+    finally:
+        over.set()
+        thread.join()
+
+
+@contextmanager
+def _client(address: str) -> Iterator[distributed.Client]:
+    """The client of the scheduler at `address`, else the active one."""
+    try:
+        import distributed
+    except ImportError as exc:
+        raise MissingExtra("target='dask'", "dask") from exc
+    if not address:
+        try:
+            yield distributed.get_client()
+        except ValueError:
+            raise SpecError(
+                "there is no Dask cluster: give address='tcp://scheduler:8786', or start one with distributed.Client()"
+            ) from None
+        return
+    try:
+        client = distributed.Client(address, timeout=_CONNECT_S, set_as_default=False)
+    except (OSError, ValueError) as exc:
+        raise Unavailable(f"the Dask scheduler at {address} does not answer: {exc}", 10) from exc
+    with client:
+        yield client
+
+
+def _why(exc: Exception) -> str:
+    import distributed
+
+    if isinstance(exc, distributed.KilledWorker):
+        return f"every worker that ran it died ({exc.args[0] if exc.args else ''}); perhaps of memory"
+    return str(exc)
