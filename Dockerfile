@@ -5,6 +5,7 @@
 ARG PYTHON_IMAGE=python:3.11-slim
 
 FROM ${PYTHON_IMAGE} AS build
+LABEL dev.mlfuncs.stage=build
 # Settings of pip for this stage alone: an index of your own, its certificates. Nothing of it reaches the image.
 ARG PIP_INDEX_URL
 ARG PIP_TRUSTED_HOST

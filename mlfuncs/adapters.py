@@ -18,7 +18,9 @@ ADAPTERS: dict[str, tuple[str, str]] = {
     "target:kubernetes": ("mlfuncs_runtime.kubernetes.target:KubernetesTarget", "kubernetes"),
     "target:nuclio": ("mlfuncs_runtime.nuclio.target:NuclioTarget", "nuclio"),
     "runs:docker": ("mlfuncs_runtime.docker.job:job_command", "docker"),
+    "runs:kubernetes": ("mlfuncs_runtime.kubernetes.runs:KubernetesRuns", "kubernetes"),
     "images:build": ("mlfuncs_runtime.rendering:build_image", "docker"),
+    "images:base": ("mlfuncs_runtime.rendering:build_base", "docker"),
     "images:context": ("mlfuncs_runtime.rendering:build_context", ""),
     "manifests:render": ("mlfuncs_runtime.rendering:render", ""),
     "manifests:platform": ("mlfuncs_runtime.rendering:render_platform", ""),
@@ -27,9 +29,12 @@ ADAPTERS: dict[str, tuple[str, str]] = {
     "pipelines:tracing": ("mlfuncs_pipelines.components:is_tracing", "pipelines"),
     "sweep:process": ("mlfuncs.runs.sweep_lanes:run_in_processes", ""),
     "sweep:dask": ("mlfuncs.runs.sweep_dask:run_on_dask", "dask"),
+    "sweep:pipeline": ("mlfuncs_pipelines.sweeps:run_here", "pipelines"),
+    "sweep:kubeflow": ("mlfuncs_pipelines.sweeps:run_on_kubeflow", "pipelines"),
     "cli:pipeline": ("mlfuncs_pipelines.cli:pipeline", "pipelines"),
     "cli:features": ("mlfuncs_featurestore.cli:features", "featurestore"),
     "features:reader": ("mlfuncs_featurestore.serving:FeatureReader", "featurestore"),
+    "features:redis": ("mlfuncs_featurestore.redis_embedded:ensure_embedded", "featurestore"),
     "features:stop": ("mlfuncs_featurestore.redis_embedded:stop_embedded", "featurestore"),
 }
 

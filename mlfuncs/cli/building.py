@@ -13,27 +13,43 @@ from mlfuncs.settings import read_settings
 
 
 @click.command()
-@click.argument("targets", metavar="FILE:NAME...", nargs=-1, required=True)
+@click.argument("targets", metavar="FILE:NAME...|base", nargs=-1, required=True)
 @click.option("--tag", help="The image's name (default: from the functions and the image's digest).")
 @click.option("--push", is_flag=True, help="Send it to the registry of its name.")
 @click.option("--context", metavar="URL", help="Write a build context (.tar.gz) there instead; needs no engine.")
+@click.option("--python-image", default="", help="With 'base': the Python image to start from, e.g. one with CUDA.")
+@click.option("--extras", default="", help="With 'base': extras of mlfuncs to put in, e.g. 'postgres,featurestore'.")
 @as_json
-def build(targets: tuple[str, ...], tag: str | None, push: bool, context: str | None, json_wanted: bool) -> None:
-    """Build an image that serves a function, or several; the same input gives the same image."""
+def build(
+    targets: tuple[str, ...],
+    tag: str | None,
+    push: bool,
+    context: str | None,
+    python_image: str,
+    extras: str,
+    json_wanted: bool,
+) -> None:
+    """Build an image that serves a function, or several; the same input gives the same image.
+
+    'base' builds what all of them stand on: set MLFUNCS_BASE_IMAGE to its name to use it elsewhere.
+    """
     from mlfuncs import adapters
 
+    if targets == ("base",):
+        names = [name for name in extras.replace(",", " ").split() if name]
+        made = adapters.load("images:base")(tag, push, python_image, names, read_settings(), _report)
+        _emit_image(made, f"{made.size_bytes / 1e6:.0f} MB", json_wanted)
+        return
+    if python_image or extras:
+        raise SpecError("--python-image and --extras go with 'mlfuncs build base'")
     functions = _load(targets, json_wanted)
     if context:
         size = adapters.load("images:context")(functions, context, read_settings())
         emit({"context": context, "size_bytes": size}, json_wanted, f"{context} ({size / 1e6:.1f} MB)")
         return
-
-    def report(note: str) -> None:
-        click.echo(note, err=True)
-
-    built = adapters.load("images:build")(functions, tag, push, read_settings(), report)
+    built = adapters.load("images:build")(functions, tag, push, read_settings(), _report)
     size = f"{built.size_bytes / 1e6:.0f} MB, {built.new_bytes / 1e6:.1f} MB above its base"
-    emit(built.to_dict(), json_wanted, f"{built.repo_digest or built.reference} ({size})\n{built.id}")
+    _emit_image(built, size, json_wanted)
 
 
 @click.command()
@@ -69,6 +85,14 @@ def render(target: str, place: str, image: str, diff: bool, compose: bool, json_
         return
     values = {"documents": documents, "warnings": warnings, **({"text": text} if text else {})}
     emit(values, json_wanted, lambda: text or to_yaml(documents))
+
+
+def _report(note: str) -> None:
+    click.echo(note, err=True)
+
+
+def _emit_image(built: Any, size: str, json_wanted: bool) -> None:
+    emit(built.to_dict(), json_wanted, f"{built.repo_digest or built.reference} ({size})\n{built.id}")
 
 
 def to_yaml(documents: list[dict[str, Any]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -53,6 +54,23 @@ def build_image(
     if not push:
         return built
     return BuiltImage(**{**built.to_dict(), "repo_digest": builder.push(name, report)})
+
+
+def build_base(
+    tag: str | None, push: bool, python_image: str, extras: Sequence[str], settings: Settings, report: Report
+) -> BuiltImage:
+    """The base image of this release over `python_image` (default: the official one), with these extras of ours."""
+    from mlfuncs_runtime.images.base import find_source
+    from mlfuncs_runtime.images.docker_builder import DockerBuilder
+
+    builder, source = DockerBuilder(settings), find_source()
+    source = dataclasses.replace(source, python_image=python_image or source.python_image, extras=tuple(sorted(extras)))
+    base = builder.make_base(source, report)
+    name = base.name
+    if tag:
+        name = tag if ":" in tag.rpartition("/")[2] else f"{tag}:latest"
+        builder.tag(base.name, name)
+    return BuiltImage(name, base.id, base.size_bytes, base.size_bytes, builder.push(name, report) if push else "")
 
 
 def repository(functions: Sequence[Function[Any, Any]], settings: Settings) -> str:

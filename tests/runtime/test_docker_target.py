@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import textwrap
 import time
@@ -13,7 +12,7 @@ import pytest
 import mlfuncs as ml
 from mlfuncs.errors import DeployFailed, RunFailed, Unavailable
 from mlfuncs.loading import load_target
-from mlfuncs.settings import Settings, read_settings
+from mlfuncs.settings import read_settings
 from mlfuncs_runtime.docker.engine import DockerEngine
 from mlfuncs_runtime.docker.launch import home_mark
 from mlfuncs_runtime.docker.replica import HOME_LABEL
@@ -44,20 +43,14 @@ SOURCE = """
 """
 
 
-@pytest.fixture(scope="module")
-def engine(require):
-    require("root (to start a Docker Engine)", os.geteuid() == 0 or shutil.which("docker"))
-    done = subprocess.run([ROOT / "scripts" / "docker-engine"], capture_output=True, text=True, check=False)
-    require(f"a Docker Engine ({done.stderr[-500:]})", done.returncode == 0)
+@pytest.fixture
+def engine(docker_engine):
     return DockerEngine()
 
 
-@pytest.fixture(scope="module")
-def base(engine, tmp_path_factory):
-    """The base image, built once for the module."""
-    from mlfuncs_runtime.images.docker_builder import DockerBuilder
-
-    return DockerBuilder(Settings(tmp_path_factory.mktemp("home"), "test")).base(print).name
+@pytest.fixture
+def base(docker_base):
+    return docker_base
 
 
 @pytest.fixture

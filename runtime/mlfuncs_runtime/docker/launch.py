@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import sys
 from typing import Any
 
@@ -18,6 +19,8 @@ from mlfuncs_runtime.supervisor.plan import EndpointPlan
 
 log = logging.getLogger("mlfuncs.supervisor")
 _PASSED = ("log_level", "log_format", "redis_url", "otel_endpoint")  # settings that mean the same in a container
+
+REVISION_TAG = re.compile(r"rev-\d+-[0-9a-f]{12}")  # what `image_name` makes
 
 
 def make_docker_launch(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from mlfuncs.errors import MlfuncsError
 from mlfuncs_runtime.docker.engine import DockerEngine
-from mlfuncs_runtime.docker.launch import home_mark, repository
+from mlfuncs_runtime.docker.launch import REVISION_TAG, home_mark, repository
 from mlfuncs_runtime.docker.replica import remove_orphans, remove_stale_folders
 from mlfuncs_runtime.process_target import ProcessTarget
 
@@ -39,8 +39,9 @@ class DockerTarget(ProcessTarget):
 
 
 def _remove_images(engine: DockerEngine, name: str) -> None:
+    """Remove the images of the endpoint's revisions; what `mlfuncs build` made under the same name stays."""
     for image in engine.call("GET", "/images/json") or ():
         for tag in image.get("RepoTags") or ():
-            if tag.rpartition(":")[0] == name:
+            if tag.rpartition(":")[0] == name and REVISION_TAG.fullmatch(tag.rpartition(":")[2]):
                 with suppress(MlfuncsError):
                     engine.call("DELETE", f"/images/{tag}")

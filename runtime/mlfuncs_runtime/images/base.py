@@ -1,10 +1,15 @@
-"""What the base image is built from: the repository's Dockerfile, and exactly the files that it copies."""
+"""What the base image is built from: the Dockerfile, and exactly the files that it copies.
+
+In a checkout they are where they are. An installed wheel brings the Dockerfile and what stands beside it as data in
+`SHIPPED` (pyproject.toml puts them there), and its packages are the ones installed: the same context, the same image.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +20,13 @@ from mlfuncs.settings import Settings
 from mlfuncs_runtime.images.layers import Entry
 
 FILES = ("Dockerfile", "pyproject.toml", "LICENSE")
-FOLDERS = ("mlfuncs", "runtime", "pipelines", "featurestore")
+PACKAGES = {  # import name -> folder in the context
+    "mlfuncs": "mlfuncs",
+    "mlfuncs_runtime": "runtime/mlfuncs_runtime",
+    "mlfuncs_pipelines": "pipelines/mlfuncs_pipelines",
+    "mlfuncs_featurestore": "featurestore/mlfuncs_featurestore",
+}
+SHIPPED = Path(__file__).with_name("shipped")  # in an installed wheel only
 _PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
 _CERTIFICATES = ("PIP_CERT", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 _CERTIFICATES_FILE = "certificates.pem"  # in the context; the Dockerfile's first stage alone has it
@@ -23,14 +34,15 @@ _CERTIFICATES_FILE = "certificates.pem"  # in the context; the Dockerfile's firs
 
 @dataclass(frozen=True)
 class BaseSource:
-    """A source tree with the Dockerfile; `python_image` is what it builds from."""
+    """The files by their names in the context, the Dockerfile among them; `python_image` is what it builds from."""
 
-    root: Path
+    files: Mapping[str, Path]
     python_image: str
+    extras: tuple[str, ...] = ()  # of mlfuncs, whose dependencies are put in as well
 
     def tag(self, python_id: str) -> str:
         """The base's name: the release, and a digest of everything that it is made of."""
-        whole = hashlib.sha256(python_id.encode())
+        whole = hashlib.sha256(" ".join([python_id, *self.extras]).encode())
         for entry in sorted(self._sources(), key=lambda entry: entry.name):
             assert isinstance(entry.source, Path)
             whole.update(f"{entry.name}\0".encode())
@@ -44,35 +56,45 @@ class BaseSource:
         return self._sources() + extra
 
     def arguments(self, settings: Settings) -> dict[str, str]:
-        """The build arguments. Those that carry a proxy or an index reach no layer of the final stage."""
-        found = {"PYTHON_IMAGE": self.python_image, "VERSION": mlfuncs.__version__}
-        found |= {name: os.environ[name] for name in _PROXIES if os.environ.get(name)}
-        index = settings.uv_index_url or os.environ.get("PIP_INDEX_URL") or ""
-        if index:
-            found["PIP_INDEX_URL"] = index
+        """The build arguments. Those of `private_arguments` reach no layer of the final stage."""
+        found = {"PYTHON_IMAGE": self.python_image, "VERSION": mlfuncs.__version__, "EXTRAS": " ".join(self.extras)}
         if own_certificates():
             found["PIP_CERT"] = f"/src/{_CERTIFICATES_FILE}"
-        return found
+        return found | private_arguments(settings)
 
     def _sources(self) -> list[Entry]:
-        found = [Entry(name, self.root / name) for name in FILES]
-        for folder in FOLDERS:
-            for path in (self.root / folder).rglob("*"):
-                if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".pyc":
-                    found.append(Entry(path.relative_to(self.root).as_posix(), path))
-        return found
+        return [Entry(name, path) for name, path in self.files.items()]
 
 
 def find_source() -> BaseSource:
-    """The source tree that this mlfuncs runs from. Raises NotFound for an installed wheel, which has no Dockerfile."""
-    root = package_folders()["mlfuncs"].parent
-    if not (root / "Dockerfile").is_file():
+    """What this mlfuncs, a checkout or an installed wheel, builds its base from. Raises NotFound naming what lacks."""
+    folders = package_folders()
+    beside = SHIPPED if SHIPPED.is_dir() else folders["mlfuncs"].parent
+    files = {name: beside / name for name in FILES}
+    for name, place in PACKAGES.items():
+        for path in _files_in(folders[name]) if name in folders else ():
+            files[f"{place}/{path}"] = folders[name] / path
+    missing = [name for name in FILES if not files[name].is_file()] + [n for n in PACKAGES if n not in folders]
+    if missing:
         raise NotFound(
-            "base image",
-            f"mlfuncs/base:{mlfuncs.__version__}",
-            hint="; build it from a checkout of the repository ('docker build -t NAME .') and set MLFUNCS_BASE_IMAGE",
+            "part of the base image",
+            missing[0],
+            hint="; this mlfuncs is not a whole install: install its wheel again, or set MLFUNCS_BASE_IMAGE",
         )
-    return BaseSource(root, f"python:{sys.version_info.major}.{sys.version_info.minor}-slim")
+    return BaseSource(files, f"python:{sys.version_info.major}.{sys.version_info.minor}-slim")
+
+
+def _files_in(folder: Path) -> list[str]:
+    """Every source file of a package, relative to it."""
+    found = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    return [str(p.relative_to(folder)) for p in found if "__pycache__" not in p.parts and not p.is_relative_to(SHIPPED)]
+
+
+def private_arguments(settings: Settings) -> dict[str, str]:
+    """The build arguments that may hold a password: proxies and the index."""
+    found = {name: os.environ[name] for name in _PROXIES if os.environ.get(name)}
+    index = settings.uv_index_url or os.environ.get("PIP_INDEX_URL") or ""
+    return {**found, **({"PIP_INDEX_URL": index} if index else {})}
 
 
 def own_certificates() -> Path | None:

@@ -13,7 +13,7 @@ from docker.errors import APIError, BuildError, DockerException, ImageNotFound
 
 from mlfuncs.errors import EnvironmentFailed, Forbidden, MlfuncsError, NotFound, Unavailable
 from mlfuncs.settings import Settings
-from mlfuncs_runtime.images.base import BaseSource, find_source
+from mlfuncs_runtime.images.base import BaseSource, find_source, private_arguments
 from mlfuncs_runtime.images.builder import BuiltImage, Report
 from mlfuncs_runtime.images.image import BaseImage, Image, layers_in, write_archive
 from mlfuncs_runtime.images.layers import write_layer
@@ -35,13 +35,22 @@ class DockerBuilder:
         """The base that the settings name, else the one of this release's Dockerfile, built when it is not there."""
         if self._settings.base_image:
             return self._inspect(self._pulled(self._settings.base_image, report))
-        source = find_source()
+        return self.make_base(find_source(), report)
+
+    def make_base(self, source: BaseSource, report: Report) -> BaseImage:
+        """The base of this source, built when it is not there. Raises EnvironmentFailed with the build's last lines."""
         python = self._inspect(self._pulled(source.python_image, report))
         tag = source.tag(python.id)
         if not self.has(tag):
             report(f"building the base image {tag}")
             self._build(source, tag)
         return self._inspect(tag)
+
+    def tag(self, image: str, name: str) -> None:
+        """Give a stored image one more name."""
+        with _translated(image):
+            repository, _, tag = name.rpartition(":")
+            self._client.images.get(image).tag(repository, tag=tag)
 
     def store(self, image: Image, tags: Sequence[str]) -> BuiltImage:
         """Load the image. Only layers that the engine may not have are sent; all of them when it wants that."""
@@ -123,7 +132,11 @@ class DockerBuilder:
                     fileobj=file, custom_context=True, tag=tag, buildargs=source.arguments(self._settings),
                     rm=True, forcerm=True, decode=True,
                 )  # fmt: skip
-                _check_build(list(lines), tag)
+                try:
+                    _check_build(list(lines), tag)
+                finally:
+                    if private_arguments(self._settings):  # the history of the unnamed first stage has them
+                        self._client.images.prune({"dangling": True, "label": "dev.mlfuncs.stage=build"})
 
 
 def _check_build(lines: list[dict[str, Any]], tag: str) -> None:

@@ -11,6 +11,7 @@ The last layer is a few kilobytes, so a change of the code makes, sends and stor
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,7 +69,7 @@ def shared_lock(bundles: Mapping[str, OpenBundle]) -> tuple[tuple[str, ...], str
     pythons: dict[str, str] = {}
     for name, bundle in bundles.items():
         pythons.setdefault(bundle.manifest.python, name)
-        for line in bundle.manifest.lock:
+        for line in pins_inside(bundle):
             package = line.partition("==")[0].partition(" ")[0].lower()
             known = pins.setdefault(package, (line, name))
             if known[0] != line:
@@ -79,6 +80,12 @@ def shared_lock(bundles: Mapping[str, OpenBundle]) -> tuple[tuple[str, ...], str
     if len(pythons) > 1:
         raise SpecError(f"one image has one Python, and these functions were built with {', '.join(sorted(pythons))}")
     return tuple(sorted(line for line, _ in pins.values())), next(iter(pythons))
+
+
+def pins_inside(bundle: OpenBundle) -> tuple[str, ...]:
+    """The bundle's pins without uv's 60 MB, when the function did not ask for it: a container builds no environment."""
+    asked = any(re.match(r"uv\b(?!-)", line) for line in bundle.manifest.requirements)
+    return tuple(line for line in bundle.manifest.lock if asked or not line.startswith("uv=="))
 
 
 def worker_config(function: ImageFunction, project: str, revision: str = "") -> WorkerConfig:
@@ -130,7 +137,7 @@ def _function_entries(
         bundle = bundles[function.name]
         config = json.dumps(worker_config(function, settings.project).to_dict(), sort_keys=True, indent=1)
         yield Entry(f"{ROOT}/functions/{function.name}.json", config.encode() + b"\n")
-        bill = cyclonedx(function.name, bundle.digest, bundle.manifest.lock)
+        bill = cyclonedx(function.name, bundle.digest, pins_inside(bundle))
         yield Entry(f"{BILL}/{function.name}.cdx.json", to_bytes(bill))
     for digest, path in {bundle.digest: bundle.path for bundle in bundles.values()}.items():
         for name in (bundle_store.ARCHIVE, bundle_store.SIGNATURE):
