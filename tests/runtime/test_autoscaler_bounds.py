@@ -1,8 +1,16 @@
-"""What follows the decider: bounds, the scale to start with, and the patience before zero, on a stepped clock."""
+"""What follows the decider: bounds, the scale to start with, and the patience before zero, on a stepped clock.
+
+golden/knative_bounds.json: walks of wishes and ready replicas fed to the scaler and the activity rules of
+knative.dev/serving v0.50.0 (the module of v1.23) on a fake clock; a step is [now, wish or null, ready, seconds behind
+the activator, replicas, activity, whether the initial scale was met].
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -10,6 +18,7 @@ from hypothesis import strategies as st
 
 from mlfuncs_runtime.autoscaler import AutoscalerConfig, Replicas, ScaleState, apply_bounds, initial_scale_state
 
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "knative_bounds.json").read_text())
 CONFIG = AutoscalerConfig(window_s=60, scale_to_zero_grace_period_s=30)
 ACTIVE = ScaleState(replicas=2, activity="active", since_s=0.0, initialized=True)
 INACTIVE = ScaleState(replicas=1, activity="inactive", since_s=0.0, initialized=True)
@@ -17,6 +26,28 @@ INACTIVE = ScaleState(replicas=1, activity="inactive", since_s=0.0, initialized=
 
 def step(config: AutoscalerConfig, desired: int | None, ready: int, state: ScaleState, now_s: float) -> ScaleState:
     return apply_bounds(config, desired, Replicas(ready), state, now_s)
+
+
+def test_runs_the_replicas_that_knative_runs() -> None:
+    assert len(GOLDEN) >= 100
+    for number, case in enumerate(GOLDEN):
+        config = AutoscalerConfig(**case["config"])
+        state = initial_scale_state(config, 0.0)
+        for now, desired, ready, proxied_s, *expected in case["steps"]:
+            state = apply_bounds(config, desired, Replicas(ready, proxied_s), state, now)
+            assert [state.replicas, state.activity, state.initialized] == expected, (number, now)
+
+
+def test_golden_walks_cover_zero_and_every_change_of_activity() -> None:
+    changes = set()
+    for case in GOLDEN:
+        for before, after in itertools.pairwise(case["steps"]):
+            changes.add((before[5], after[5]))
+            changes.add((before[4] > 0, after[4] > 0))
+    words = ("activating", "active", "inactive")
+    assert changes >= {*itertools.product(words, words), *itertools.product((True, False), (True, False))}
+    for key in ("reachable", "enable_scale_to_zero", "allow_zero_initial_scale"):
+        assert {case["config"][key] for case in GOLDEN} == {True, False}
 
 
 @pytest.mark.parametrize(
