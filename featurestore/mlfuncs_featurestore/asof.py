@@ -63,7 +63,7 @@ class BucketResult:
 
 def join_bucket(work: BucketJoin) -> BucketResult:
     """The join of one bucket."""
-    entities = _Entities(work.keys)
+    entities = Entities(work.keys)
     order, starts = kernels.group(entities.ids, entities.count, work.at_us)
     moments = Moments(starts, work.at_us[order])
     stored = [name for name in work.features if name in work.view.fields]
@@ -85,7 +85,7 @@ def join_bucket(work: BucketJoin) -> BucketResult:
     return BucketResult(work.rows[order], {name: columns[name] for name in work.features}, status, event_us)
 
 
-class _Entities:
+class Entities:
     """The spine's entities as dense ids, and the ids of history rows (-1: not in the spine).
 
     Key columns are numbered one after the other: the number so far and the next column's place among the spine's
@@ -136,7 +136,7 @@ def _pair(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 class _History:
     """A bucket's history, read a row group at a time; rows are numbered through all files."""
 
-    def __init__(self, work: BucketJoin, entities: _Entities) -> None:
+    def __init__(self, work: BucketJoin, entities: Entities) -> None:
         self.work, self.entities = work, entities
         self.schema = stored_schema(work.view)
         last = int(work.at_us.max()) if len(work.at_us) else 0

@@ -88,15 +88,15 @@ def push(view: str, data: str, push_id: str | None, json_wanted: bool) -> None:
 @click.option("--backfill", is_flag=True, help="From the first commit on.")
 @click.option("--start", help="Only events from this ISO time on.")
 @click.option("--end", help="Only events up to this ISO time.")
+@click.option("--window", help="Only events that a window of this length, like 7d, reaches now.")
 @click.option("--verify", "check", is_flag=True, help="Compare online with offline afterwards.")
 @as_json
-def materialize(
-    view: str | None, backfill: bool, start: str | None, end: str | None, check: bool, json_wanted: bool
-) -> None:
+def materialize(view: str | None, check: bool, json_wanted: bool, **options: Any) -> None:
     """Bring the online store up to the offline tables' last commit (of VIEW, or of every online view)."""
-    window = {name: _time(text, f"--{name}") for name, text in (("start", start), ("end", end)) if text}
+    for name in ("start", "end"):
+        options[name] = _time(options[name], f"--{name}") if options[name] else None
     store = _store()
-    report = store.materialize(view, backfill=backfill, **window)
+    report = store.materialize(view, progress=not json_wanted, **options)
     values: dict[str, Any] = {"views": [dataclasses.asdict(one) for one in report.views]}
     lines = [str(report)]
     if check:

@@ -116,11 +116,13 @@ class OnlineStore:
             self._earlier[key] = (self._store.catalog.earlier_fields(view.name), now + PLAN_S)
         return ViewRead(self._store.settings.project, view, features, self._earlier[key][0])
 
-    def write(self, view: FeatureView, rows: pa.Table, now_us: int | None = None) -> int:
+    def write(
+        self, view: FeatureView, rows: pa.Table, now_us: int | None = None, left_out_us: int | None = None
+    ) -> int:
         """Write conformed rows with their `__ingest` numbers, each entity's newest winning; how many were stored."""
         from mlfuncs_featurestore.online_write import write_rows
 
-        return write_rows(self, view, rows, time.time_ns() // 1000 if now_us is None else now_us)
+        return write_rows(self, view, rows, time.time_ns() // 1000 if now_us is None else now_us, left_out_us)
 
     def delete(self, view: str, entities: Mapping[str, Sequence[Any]]) -> int:
         """Remove the online rows of `entities` (columns of keys); history stays. How many entities were named."""

@@ -24,8 +24,8 @@ class OnlineRows(Protocol):
         """Store each packed row unless one with a later (event, created, sequence) is there; how many were stored."""
 
     def append(self, keys: Sequence[bytes], records: Sequence[bytes], header: bytes, least: int) -> list[bytes]:
-        """Append to each value (`header` goes before the first record); the keys of values over `least` bytes that
-        have more than doubled since they were compacted."""
+        """Append to each value; the keys of values over `least` bytes that have more than doubled since they were
+        compacted. `header` goes before the first record; of a value that is there, its horizon is raised to it."""
 
     def swap(self, key: bytes, seen: bytes, new: bytes) -> bool:
         """Replace the value that was `seen`; False when it is another one by now."""
@@ -63,7 +63,10 @@ class MemoryRows:
         with self._lock:
             for key, record in zip(keys, records, strict=True):
                 is_new = key not in self._values
-                value = self._values[key] = self._values.get(key, header) + record
+                value = self._values.get(key, header) + record
+                if STATE.unpack_from(header)[1] > STATE.unpack_from(value)[1]:
+                    value = value[:4] + header[4:12] + value[12:]
+                self._values[key] = value
                 if not is_new and len(value) > max(least, 2 * STATE.unpack_from(value)[2]):
                     grown.append(key)
         return grown

@@ -135,7 +135,9 @@ class OnlineFeatures:
         codes: dict[tuple[str, str], np.ndarray] = {}
         times: dict[tuple[str, str], np.ndarray] = {}
         for place, (name, read) in enumerate(self._plan.reads.items()):
-            rows = self._rows[place * self._size : (place + 1) * self._size]
+            rows: Sequence[bytes | None] = self._rows[place * self._size : (place + 1) * self._size]
+            if read.view.event_id:
+                rows = self._made_whole(read, rows)
             for feature, (array, code, event_us) in _decode(read, rows, self.at_us).items():
                 arrays[name, feature], codes[name, feature], times[name, feature] = array, code, event_us
         self._add_on_demand(arrays, codes, times)
@@ -146,6 +148,13 @@ class OnlineFeatures:
             {names[pair]: codes[pair] for pair in wanted},
             {names[pair]: times[pair] for pair in wanted},
         )
+
+    def _made_whole(self, read: ViewRead, rows: Sequence[bytes | None]) -> Sequence[bytes | None]:
+        from mlfuncs_featurestore.online_plan import encode_entities
+        from mlfuncs_featurestore.online_repair import made_whole
+
+        keys = read.keys.of(encode_entities(self.entities, read.key_types))
+        return made_whole(self._store, read, keys, rows, self.at_us)
 
     def _add_on_demand(self, arrays: dict[Any, Any], codes: dict[Any, Any], times: dict[Any, Any]) -> None:
         if not self._plan.on_demand:

@@ -5,7 +5,6 @@ Owns: what `push`, `materialize` and `stream` have in common.
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,38 +17,30 @@ from mlfuncs_featurestore.online_rows import entity_keys, newest_of_each, pack_t
 if TYPE_CHECKING:
     from mlfuncs_featurestore.online import OnlineStore
 
-ROWS_AT_ONCE = 10_000  # rows packed before they are sent
+ROWS_AT_ONCE = 10_000  # events packed before they are sent
+STREAM_ROWS = 2_000  # rows sent while the next are packed: two script calls, as much as socket buffers take
 FUTURE_US = 60 * 10**6  # clocks differ: a row this much ahead is not of the future
 TRIES = 5  # of one compaction, against writers that append meanwhile
 
 
-def write_rows(online: OnlineStore, view: FeatureView, rows: pa.Table, now_us: int) -> int:
+def write_rows(
+    online: OnlineStore, view: FeatureView, rows: pa.Table, now_us: int, left_out_us: int | None = None
+) -> int:
     """Write conformed rows that carry `__ingest`; idempotent, in any order. Returns how many rows were stored.
 
     Where only the newest row is kept, a row of the future is left out: it would hide the one that holds now.
+    `left_out_us`: events up to this time may be missing from `rows`; values of events remember it as their horizon.
     """
     read = online.read_of(view, ())
     if read.form == LATEST:
         event = whole_numbers(rows[view.timestamp])
         if len(event) and event.max() > now_us + FUTURE_US:
             rows = rows.filter(pa.array(event <= now_us + FUTURE_US))
-    parts = [rows.slice(start, ROWS_AT_ONCE) for start in range(0, rows.num_rows, ROWS_AT_ONCE)]
+    size = STREAM_ROWS if read.form == LATEST else ROWS_AT_ONCE
+    parts = [rows.slice(start, size) for start in range(0, rows.num_rows, size)]
     if read.form != LATEST:
-        return sum(_write_events(online, read, part, now_us) for part in parts)
-    if len(parts) < 2:
-        return sum(online.rows.write_newest(*pack_latest(read, part)) for part in parts)
-    return _write_ahead(online, read, parts)
-
-
-def _write_ahead(online: OnlineStore, read: ViewRead, parts: list[pa.Table]) -> int:
-    """Write many rows: while Redis works on one part, the next is packed."""
-    done, under_way = 0, None
-    with ThreadPoolExecutor(1) as sender:
-        for part in parts:
-            keys, packed = pack_latest(read, part)
-            done += 0 if under_way is None else under_way.result()
-            under_way = sender.submit(online.rows.write_newest, keys, packed)
-        return done if under_way is None else done + under_way.result()
+        return sum(_write_events(online, read, part, now_us, left_out_us) for part in parts)
+    return online.rows.stream_newest(pack_latest(read, part) for part in parts)
 
 
 def pack_latest(read: ViewRead, rows: pa.Table) -> tuple[list[bytes], list[bytes]]:
@@ -62,15 +53,16 @@ def pack_latest(read: ViewRead, rows: pa.Table) -> tuple[list[bytes], list[bytes
     return read.keys.of(entities), packed
 
 
-def _write_events(online: OnlineStore, read: ViewRead, rows: pa.Table, now_us: int) -> int:
-    from mlfuncs_featurestore.stream_windows import COMPACT_BYTES, new_header, to_record
+def _write_events(online: OnlineStore, read: ViewRead, rows: pa.Table, now_us: int, left_out_us: int | None) -> int:
+    from mlfuncs_featurestore.stream_windows import COMPACT_BYTES, NEVER, new_header, to_record
 
     stamps, entities = read_stamps(read.view, rows), entity_keys(read.view, rows)
     records: dict[bytes, list[bytes]] = {}
     for entity, row in zip(entities, pack_table(read.codec, rows, stamps), strict=True):
         records.setdefault(entity, []).append(to_record(row))
     keys = read.keys.of(list(records))
-    grown = online.rows.append(keys, [b"".join(mine) for mine in records.values()], new_header(), COMPACT_BYTES)
+    header = new_header(NEVER if left_out_us is None else left_out_us)
+    grown = online.rows.append(keys, [b"".join(mine) for mine in records.values()], header, COMPACT_BYTES)
     for key in grown:
         compact_key(online, read, key, now_us)
     return rows.num_rows

@@ -33,12 +33,19 @@ return n / 2
 """
 
 # ARGV[1] is the header of a new value, ARGV[2] the size below which nothing is compacted; the rest are the records
-# to append. The size after the last compaction is the u32 at bytes 13..16. Returns the numbers of the keys that have
-# doubled since then.
+# to append. A value that is there gets the header's horizon (bytes 5..12) when it is the later one. The size after the
+# last compaction is the u32 at bytes 13..16. Returns the numbers of the keys that have doubled since then.
 APPEND = """
 local call, header, least, grown = redis.call, ARGV[1], tonumber(ARGV[2]), {}
+local horizon = string.sub(header, 5, 12)
+local low, high = struct.unpack('<I4i4', horizon)
+local raises = high ~= -2147483648 or low ~= 0
 for i = 1, #KEYS do
   local size = call('APPEND', KEYS[i], ARGV[i + 2])
+  if raises and size ~= #ARGV[i + 2] then
+    local old_low, old_high = struct.unpack('<I4i4', call('GETRANGE', KEYS[i], 4, 11))
+    if high > old_high or (high == old_high and low > old_low) then call('SETRANGE', KEYS[i], 4, horizon) end
+  end
   if size == #ARGV[i + 2] then
     call('SET', KEYS[i], header .. ARGV[i + 2])
   elseif size > least and size > 2 * struct.unpack('<I4', call('GETRANGE', KEYS[i], 12, 15)) then

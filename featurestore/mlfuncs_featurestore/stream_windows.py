@@ -10,10 +10,15 @@ are appended like any other; order of arrival does not count, and an event that 
 
 Bounds per entity: the events of the longest window, at most MAX_EVENTS, each as long as a packed row and 4 bytes; up to
 twice that between compactions, and COMPACT_BYTES before the first. Of an entity with more events only the newest
-MAX_EVENTS are kept, and a window that reaches back to a dropped one is NULL, never wrong.
+MAX_EVENTS are kept.
 
-Layout: "MLW1", i64 horizon (event time of the newest event that was dropped though a window may reach it), u32 size
-after the last compaction, then per event u32 length and its packed row (`rows`).
+A value knows what it no longer has: its horizon is the event time of the newest event that counted when it was dropped.
+A window that reaches back to it is NULL, never wrong: of an entity beyond MAX_EVENTS, of a window longer than those the
+view had (until the next `materialize`), of a moment in the past. In views with an event_id, deletes and corrections may
+use up all kept events; the last one is then before the horizon, `doubtful` says so, and `online_repair` builds the
+value anew from the offline table.
+
+Layout: "MLW1", i64 horizon, u32 size after the last compaction, then per event u32 length and its packed row (`rows`).
 """
 
 from __future__ import annotations
@@ -173,6 +178,14 @@ class EntityEvents:
         ends(*base, moments.starts, moments.at_us, _ALWAYS, LAST, index)
         return index
 
+    def doubtful(self, at_us: int) -> np.ndarray:
+        """Entities whose last event at `at_us` may be one that was dropped: their later ones were deleted or moved."""
+        if not self.view.event_id or not (self.horizon > NEVER).any():
+            return np.zeros(self.count, bool)
+        last = self.last(at_us)
+        event_us = self.event_us[last] if len(self.ids) else np.zeros(self.count, np.int64)
+        return (self.horizon > NEVER) & ((last < 0) | (event_us < self.horizon))
+
     def _moments(self, at_us: int) -> Moments:
         return Moments(np.arange(self.count + 1, dtype=np.int64), np.full(self.count, at_us, np.int64))
 
@@ -201,16 +214,19 @@ class EntityEvents:
     def compacted(self, entity: int, now_us: int) -> bytes:
         """The value of one entity without what no reader at or after `now_us` needs."""
         first, end = int(self.starts[entity]), int(self.starts[entity + 1])
-        longest = longest_window(self.view)
-        recent = int(np.searchsorted(self.event_us[first:end], now_us - longest - SLACK_US, side="right")) + first
+        oldest = now_us - longest_window(self.view) - SLACK_US
+        recent = int(np.searchsorted(self.event_us[first:end], oldest, side="right")) + first
         last = int(self.last(now_us)[entity])
         extra = KEPT_BEFORE if self.view.event_id else 0
-        from_place = max(first, min(recent, last if last >= 0 else end) - extra)
+        from_place = max(first, end - MAX_EVENTS, min(recent, last if last >= 0 else end) - extra)
+        counts = (self.grouped.until_us[first:end] > now_us - SLACK_US) & ~self.deleted[first:end]
+        dropped = np.flatnonzero(counts[: from_place - first])
         horizon = int(self.horizon[entity])
-        if end - from_place > MAX_EVENTS:
-            from_place = end - MAX_EVENTS
-            horizon = max(horizon, int(self.event_us[from_place - 1]))
-        kept = b"".join(to_record(row) for row in self.rows[from_place:end])
+        if len(dropped):
+            horizon = max(horizon, int(self.event_us[first + dropped[-1]]))
+        # a version whose correction is dropped must go with it, or it would count again; deletes stay for their time
+        keeps = (counts | self.deleted[first:end])[from_place - first :]
+        kept = b"".join(to_record(self.rows[place]) for place in (from_place + np.flatnonzero(keeps)).tolist())
         return new_header(horizon, STATE.size + len(kept)) + kept
 
 
