@@ -16,7 +16,7 @@ from mlfuncs.registry.definitions import Definition, Definitions
 from mlfuncs.registry.endpoints import EndpointRow, Endpoints, Revision
 from mlfuncs.registry.functions import Functions, FunctionVersion
 from mlfuncs.registry.migrate import ensure_schema
-from mlfuncs.registry.runs import MetricPoint, RunArtifact, RunContents, RunRow, Runs
+from mlfuncs.registry.runs import MetricPoint, RunArtifact, RunContents, RunRow, Runs, RunState
 from mlfuncs.registry.site import site_id
 from mlfuncs.settings import Settings, ensure_home
 
@@ -30,6 +30,7 @@ __all__ = [
     "RunArtifact",
     "RunContents",
     "RunRow",
+    "RunState",
     "open_registry",
     "site_id",
 ]

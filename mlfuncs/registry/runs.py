@@ -76,6 +76,16 @@ class RunArtifact:
     digest: str | None = None
 
 
+@dataclass(frozen=True)
+class RunState:
+    """A run as it is now, with what belongs to it; for `Runs.record`."""
+
+    row: RunRow
+    params: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Sequence[MetricPoint] = ()
+    artifacts: Sequence[RunArtifact] = ()
+
+
 class Runs:
     """The project's runs."""
 
@@ -93,6 +103,21 @@ class Runs:
             connection.execute(table.insert(), [values])
             _put_params(connection, row.id, params or {})
             _put_artifacts(connection, row.id, artifacts)
+
+        self._database.write(work)
+
+    def record(self, states: Sequence[RunState]) -> None:
+        """Make or bring up to date any number of runs in one transaction; when a run was made stays as it is."""
+
+        def work(connection: sa.Connection) -> None:
+            kept = {"project": self._project, "heartbeat_at": self._database.clock(connection)}
+            put(connection, table, [{**vars(state.row), **kept} for state in states], keep=("created_at",))
+            params = [(state.row.id, item) for state in states for item in state.params.items()]
+            put(connection, run_params, [{"run_id": run_id, "name": n, "value": v} for run_id, (n, v) in params])
+            metrics = [row for state in states for row in _metric_rows(state.row.id, state.metrics)]
+            insert_new(connection, run_metrics, metrics)
+            artifacts = [row for state in states for row in _artifact_rows(state.row.id, state.artifacts)]
+            put(connection, run_artifacts, artifacts)
 
         self._database.write(work)
 
@@ -224,15 +249,22 @@ def _put_params(connection: sa.Connection, run_id: str, params: Mapping[str, Any
 
 
 def _put_metrics(connection: sa.Connection, run_id: str, metrics: Iterable[MetricPoint]) -> None:
-    rows = [
-        {**vars(point), "run_id": run_id, "value": None if math.isnan(point.value) else point.value}
-        for point in metrics
-    ]
-    insert_new(connection, run_metrics, rows)
+    insert_new(connection, run_metrics, _metric_rows(run_id, metrics))
 
 
 def _put_artifacts(connection: sa.Connection, run_id: str, artifacts: Sequence[RunArtifact]) -> None:
-    put(connection, run_artifacts, [{**vars(a), "run_id": run_id, "created_at": time.time()} for a in artifacts])
+    put(connection, run_artifacts, _artifact_rows(run_id, artifacts))
+
+
+def _metric_rows(run_id: str, metrics: Iterable[MetricPoint]) -> list[dict[str, Any]]:
+    return [
+        {**vars(point), "run_id": run_id, "value": None if math.isnan(point.value) else point.value}
+        for point in metrics
+    ]
+
+
+def _artifact_rows(run_id: str, artifacts: Sequence[RunArtifact]) -> list[dict[str, Any]]:
+    return [{**vars(artifact), "run_id": run_id, "created_at": time.time()} for artifact in artifacts]
 
 
 def _read_contents(connection: sa.Connection, ids: Sequence[str], found: dict[str, RunContents]) -> None:

@@ -17,10 +17,10 @@ def insert_new(connection: sa.Connection, table: sa.Table, rows: list[dict[str, 
         connection.execute(_insert_new(connection.dialect.name, table), rows)
 
 
-def put(connection: sa.Connection, table: sa.Table, rows: list[dict[str, Any]]) -> None:
-    """Insert the rows, whole, replacing those of the same primary key."""
+def put(connection: sa.Connection, table: sa.Table, rows: list[dict[str, Any]], keep: tuple[str, ...] = ()) -> None:
+    """Insert the rows, whole, replacing those of the same primary key but for the columns `keep`."""
     if rows:
-        connection.execute(_put(connection.dialect.name, table), rows)
+        connection.execute(_put(connection.dialect.name, table, keep), rows)
 
 
 def next_number(connection: sa.Connection, name: str) -> int:
@@ -38,10 +38,11 @@ def _insert_new(dialect: str, table: sa.Table) -> sqlite.Insert | postgresql.Ins
 
 
 @functools.cache
-def _put(dialect: str, table: sa.Table) -> sqlite.Insert | postgresql.Insert:
+def _put(dialect: str, table: sa.Table, keep: tuple[str, ...]) -> sqlite.Insert | postgresql.Insert:
     statement = _insert(dialect, table)
     keys = [column.name for column in table.primary_key]
-    changes = {column.name: statement.excluded[column.name] for column in table.columns if column.name not in keys}
+    changed = [column.name for column in table.columns if column.name not in (*keys, *keep)]
+    changes = {name: statement.excluded[name] for name in changed}
     return statement.on_conflict_do_update(index_elements=keys, set_=changes)
 
 

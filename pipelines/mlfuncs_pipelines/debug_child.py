@@ -13,16 +13,16 @@ def main():
     with open(sys.argv[1], encoding="utf-8") as file:
         request = json.load(file)
     sys.path[:0] = request.get("path") or []
-    handlers = runpy.run_path(os.path.join(os.path.dirname(os.path.abspath(__file__)), "zygote.py"))["HANDLERS"]
+    handlers = runpy.run_path(os.path.join(os.path.dirname(os.path.abspath(__file__)), "step_child.py"))["HANDLERS"]
     os.chdir(request["cwd"])
     try:
-        code = handlers[request["kind"]](request, None)
+        code, output = handlers[request["kind"]](request, None)
     except Exception:  # noqa: BLE001 - the step may raise anything, and that is what is being looked for
         traceback.print_exc()
         if sys.stdin.isatty():
             pdb.post_mortem()
         return 1
-    print("the step succeeded")
+    print("the step succeeded", *([] if output is None else [json.dumps(output)]))
     return code
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from mlfuncs.errors import Conflict, NotFound
 from mlfuncs.settings import Settings
 from mlfuncs_pipelines.run_log import read_journal, runs_folder
+from mlfuncs_pipelines.steps import REQUEST_FILE
 
 _CHILD = Path(__file__).with_name("debug_child.py")
 
@@ -22,7 +23,7 @@ def debug_step(run_id: str, step: str, settings: Settings) -> int:
     Raises NotFound for an unknown run or step, Conflict for a step that had no process of its own.
     """
     events = read_journal(runs_folder(settings) / run_id)
-    started = {event["id"]: event["folder"] for event in events if event["event"] == "started"}
+    started = {event["id"]: event for event in events if event["event"] == "started"}
     if step not in started:
         ended = {event["id"] for event in events if event["event"] == "ended"}
         if step in ended:
@@ -30,11 +31,14 @@ def debug_step(run_id: str, step: str, settings: Settings) -> int:
                 f"step {step} of {run_id} had no process: its result came from the cache, or it is an importer"
             )
         raise NotFound("step", step, started)
-    folder = Path(started[step])
-    request = (folder / "request.json").read_text(encoding="utf-8")
+    folder = Path(started[step]["folder"])
+    if "request" in started[step]:
+        request = json.dumps(started[step]["request"])
+    else:
+        request = (folder / REQUEST_FILE).read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory(prefix="mlfuncs-debug-") as aside:
         body = json.loads(request.replace(json.dumps(str(folder))[1:-1], aside))
-        path = Path(aside) / "request.json"
+        path = Path(aside) / REQUEST_FILE
         path.write_text(json.dumps({**body, "track": None}), encoding="utf-8")
         environment = {**os.environ, **settings.to_environ(), **body.get("env", {}), "_KFP_RUNTIME": "true"}
         python = body.get("python") or sys.executable

@@ -5,14 +5,10 @@ The control flow is `graph.Scheduler`'s. This module owns what that one must not
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import heapq
 import itertools
-import json
 import os
-import select
-import signal
-import subprocess
 import sys
 import time
 from collections import deque
@@ -30,6 +26,7 @@ from mlfuncs_pipelines.importer import run_importer
 from mlfuncs_pipelines.inputs import Values
 from mlfuncs_pipelines.ir import Pipeline
 from mlfuncs_pipelines.preflight import Plan
+from mlfuncs_pipelines.processes import Processes, Running, failure
 from mlfuncs_pipelines.run_log import (
     PipelineRun,
     RunLog,
@@ -40,13 +37,12 @@ from mlfuncs_pipelines.run_log import (
     step_run_id,
     to_json,
 )
-from mlfuncs_pipelines.steps import Prepared, cache_key, container_name, make_folder, prepare_step, write_request
-from mlfuncs_pipelines.workers import Exit, Preload, Worker, WorkerPool
+from mlfuncs_pipelines.steps import Prepared, cache_key, make_folder, make_request, place_request, prepare_step
+from mlfuncs_pipelines.workers import Exit, WorkerPool
 
 _SWITCH_S = 0.0005  # the thread that keeps the rows must not hold up the next step
 _TICK_S = 0.1  # how often logs are looked at while steps run
 _LOCK_POLL_S = 0.05  # how often a step asks whether the same step elsewhere is done
-_KILL_AFTER_S = 5.0  # between SIGTERM and SIGKILL when a run is stopped
 
 
 class Observer:
@@ -75,23 +71,10 @@ class Options:
     containers: str = "docker"
     resume: bool = False
 
-    @property
+    @functools.cached_property
     def slots(self) -> int:
         """How many steps may run at once."""
         return self.parallel or max(4, os.cpu_count() or 1)
-
-
-@dataclass
-class _Running:
-    prepared: Prepared
-    record: StepRecord
-    worker: Worker
-    key: Key | None
-    lock: int | None
-    began: float
-    log_seen: int = 0
-    deadline: float = float("inf")
-    timed_out: bool = False
 
 
 @dataclass
@@ -113,14 +96,12 @@ class Engine:
         self._ready: deque[Step] = deque()
         self._delayed: list[tuple[float, int, Step]] = []
         self._order = itertools.count()
-        self._running: dict[str, _Running] = {}
         self._blocked: list[tuple[Prepared, Key]] = []
         self._finished = finished_steps(self.run.folder) if self.options.resume else {}
         self._log = RunLog(self.run.folder)
         self._over = False
-        self._watched = any(type(one).step_logged is not Observer.step_logged for one in self.observers)
-        self._poll = select.poll()
-        self._sockets: dict[int, Worker] = {}
+        watched = any(type(one).step_logged is not Observer.step_logged for one in self.observers)
+        self._processes = Processes(self.pool, functools.partial(self._tell, "step_logged") if watched else None)
 
     def execute(self) -> PipelineRun:
         """Run to the end and return the run. KeyboardInterrupt ends the steps, marks the run cancelled, and goes on."""
@@ -182,7 +163,7 @@ class Engine:
         blocked, self._blocked = self._blocked, []
         for prepared, key in blocked:
             self._start_cached(prepared, key)
-        while self._ready and len(self._running) < self.options.slots and not self._over:
+        while self._ready and len(self._processes.running) < self.options.slots and not self._over:
             self._begin(self._ready.popleft())
 
     def _begin(self, step: Step) -> None:
@@ -236,98 +217,42 @@ class Engine:
     def _spawn(self, prepared: Prepared, record: StepRecord, key: Key | None, lock: int | None) -> None:
         make_folder(prepared)
         track = {"run_id": step_run_id(self.run.id, record), "journal": str(prepared.folder / "journal.jsonl")}
-        request = write_request(prepared, self.options.containers, self.run.folder, track)
-        preload = prepared.plan.preload or _command_preload()
-        worker = self._watch(self.pool.get(preload))
-        began = time.monotonic()
-        running = _Running(prepared, record, worker, key, lock, began)
-        if prepared.plan.timeout_s:
-            running.deadline = began + prepared.plan.timeout_s
-        self._running[record.id] = running
-        self._log.append("started", id=record.id, attempt=record.attempt, folder=str(prepared.folder))
-        worker.run(record.id, request)
-        self._move_on(worker)
+        body = make_request(prepared, self.options.containers, self.run.folder, track)
+        request = place_request(prepared, body)
+        given = {} if isinstance(request, Path) else {"request": request}
+        self._log.append("started", id=record.id, attempt=record.attempt, folder=str(prepared.folder), **given)
+        self._processes.start(prepared, record, request, (key, lock))
         self._tell("step_changed", self.run, record)
-
-    def _watch(self, worker: Worker) -> Worker:
-        """Listen to what happens at a worker."""
-        descriptor = worker.socket.fileno()
-        if self._sockets.get(descriptor) is not worker:
-            self._sockets[descriptor] = worker
-            self._poll.register(descriptor, select.POLLIN | select.POLLHUP)
-        return worker
 
     def _wait(self) -> None:
         """Sleep until a step ends or something is due, then take it in."""
-        timeout = _TICK_S if self._running else 1.0
+        timeout = _TICK_S if self._processes.running else 1.0
         if self._blocked:
             timeout = _LOCK_POLL_S
         if self._delayed:
             timeout = min(timeout, max(0.0, self._delayed[0][0] - time.monotonic()))
-        for descriptor, _ in self._poll.poll(timeout * 1000):
-            worker = self._sockets[descriptor]
-            for ended in worker.receive():
-                self._take(ended)
-            self._move_on(worker)
-            if worker.is_idle and (worker.single or _has_hung_up(worker)):
-                self._poll.unregister(descriptor)
-                del self._sockets[descriptor]
-        for running in list(self._running.values()):
-            self._follow(running)
-            if time.monotonic() > running.deadline and not running.timed_out:
-                running.timed_out = True
-                running.worker.kill(running.record.id, signal.SIGKILL)
+        for running, ended in self._processes.wait(timeout):
+            self._take(running, ended)
 
-    def _move_on(self, worker: Worker) -> None:
-        """Give the steps that a worker cannot take to another one."""
-        overflow, worker.overflow = worker.overflow, {}
-        for step_id, request in overflow.items():
-            running = self._running[step_id]
-            running.worker = self._watch(self.pool.get(running.prepared.plan.preload or _command_preload()))
-            running.worker.run(step_id, request)
-
-    def _take(self, ended: Exit) -> None:
+    def _take(self, running: Running, ended: Exit) -> None:
         """A process ended: read its outputs, store them, and tell the scheduler."""
-        running = self._running.pop(ended.step_id)
-        record = running.record
-        self._follow(running)
-        record.duration_s = time.monotonic() - running.began
-        record.max_rss_mib, record.cpu_s = round(ended.max_rss_kib / 1024, 1), round(ended.cpu_s, 4)
-        reason = self._failure(running, ended)
+        record, step = running.record, running.prepared.step
+        reason = failure(running, ended)
         outputs = Values()
         if not reason:
             try:
-                outputs = read_outputs(running.prepared.step.component, running.prepared.executor_input)
+                outputs = read_outputs(step.component, running.prepared.executor_input, ended.output)
             except (InvalidInput, ArtifactError) as exc:
                 reason = str(exc)
         if not reason and running.key is not None:
             origin = {"pipeline": self.pipeline.name, "run": self.run.id, "step": record.id}
             self._cache.put(running.key, outputs, origin)
-        self._release(running.lock)
+        if running.lock is not None:
+            os.close(running.lock)
         if reason:
             self._fail(record, reason)
         else:
             self._succeed(record, outputs)
-
-    def _failure(self, running: _Running, ended: Exit) -> str:
-        """Why the step failed; "" when it did not."""
-        if running.timed_out:
-            return f"it took over {running.prepared.plan.timeout_s:g} s and was stopped; raise its timeout_s"
-        if ended.code == 0 and not ended.signal:
-            return ""
-        if ended.error:
-            running.record.traceback = ended.error
-            running.prepared.log.write_text(ended.error, encoding="utf-8")
-            return f"its code cannot be loaded: {ended.error.strip().splitlines()[-1]}"
-        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
-            error = json.loads(running.prepared.error_path.read_text(encoding="utf-8"))
-            running.record.traceback = error["traceback"]
-            return f"{error['type']}: {error['message']}"
-        if ended.signal == signal.SIGKILL:
-            return "its process was killed (signal 9), as happens when memory runs out"
-        if ended.signal:
-            return f"its process was ended by signal {ended.signal}"
-        return f"its process ended with exit code {ended.code}: {_tail(running.prepared.log)}"
 
     def _succeed(self, record: StepRecord, outputs: Values) -> None:
         record.outputs = outputs
@@ -343,30 +268,9 @@ class Engine:
         measured = {"duration_s": record.duration_s, "max_rss_mib": record.max_rss_mib, "cached": record.cached}
         self._log.append("ended", id=record.id, state=state, attempt=record.attempt, **measured, **fields)
 
-    def _follow(self, running: _Running) -> None:
-        """Pass on what the step has printed since the last look."""
-        if not self._watched:
-            return
-        with contextlib.suppress(FileNotFoundError), open(running.prepared.log, "rb") as file:
-            file.seek(running.log_seen)
-            text = file.read()
-            if text:
-                running.log_seen += len(text)
-                self._tell("step_logged", running.record, text.decode(errors="replace"))
-
     def _stop(self, cause: BaseException) -> None:
         """End every step, then mark the run."""
-        for running in self._running.values():
-            running.worker.kill(running.record.id, signal.SIGTERM)
-            if running.prepared.plan.kind == "container" and self.options.containers == "docker":
-                subprocess.run(["docker", "rm", "--force", container_name(running.prepared)], capture_output=True)
-        deadline = time.monotonic() + _KILL_AFTER_S
-        while self._running and time.monotonic() < deadline:
-            for descriptor, _ in self._poll.poll(50):
-                for ended in self._sockets[descriptor].receive():
-                    self._running.pop(ended.step_id, None)
-        for running in self._running.values():
-            running.worker.kill(running.record.id, signal.SIGKILL)
+        self._processes.stop(self.options.containers)
         for record in self.run.steps.values():
             if record.status == "running":
                 record.status = "cancelled"
@@ -376,27 +280,6 @@ class Engine:
         self._log.append("done", status=self.run.status, outputs={}, error=self.run.error)
         self._tell("run_ended", self.run)
 
-    def _release(self, lock: int | None) -> None:
-        if lock is not None:
-            os.close(lock)
-
     def _tell(self, method: str, *arguments: Any) -> None:
         for observer in self.observers:
             getattr(observer, method)(*arguments)
-
-
-def _command_preload() -> Preload:
-    """A zygote that imports nothing, for commands."""
-    return Preload(sys.executable)
-
-
-def _has_hung_up(worker: Worker) -> bool:
-    poll = select.poll()
-    poll.register(worker.socket, select.POLLHUP)
-    return any(event & select.POLLHUP for _, event in poll.poll(0))
-
-
-def _tail(log: Path, lines: int = 3) -> str:
-    with contextlib.suppress(FileNotFoundError):
-        return " / ".join(log.read_text(errors="replace").strip().splitlines()[-lines:])
-    return ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -47,17 +46,16 @@ def executor_input(component: Component, inputs: Values, folder: Path) -> dict[s
     }
 
 
-def read_outputs(component: Component, given: Mapping[str, Any]) -> Values:
-    """What the step wrote, typed as declared. Raises InvalidInput or ArtifactError for what cannot be read."""
-    written = _read_json(Path(given["outputs"]["outputFile"]))
+def read_outputs(component: Component, given: Mapping[str, Any], reported: Mapping[str, Any] | None = None) -> Values:
+    """What the step wrote, or `reported` to the engine, typed as declared.
+
+    Raises InvalidInput or ArtifactError for what cannot be read.
+    """
+    written = reported if reported is not None else _read_json(Path(given["outputs"]["outputFile"]))
     parameters = dict(written.get("parameterValues", {}))
-    for name, place in given["outputs"]["parameters"].items():
-        path = Path(place["outputFile"])
-        if path.is_file():
-            kind = component.output_parameters[name].type
-            with contextlib.suppress(KeyError):
-                del parameters[name]
-            parameters[name] = _read_parameter(path, kind, name)
+    for name, place in given["outputs"]["parameters"].items() if reported is None else ():
+        if os.path.isfile(place["outputFile"]):
+            parameters[name] = _read_parameter(Path(place["outputFile"]), component.output_parameters[name].type, name)
     typed = {
         name: coerce(value, component.output_parameters[name].type, f"output {name}")
         for name, value in parameters.items()

@@ -178,7 +178,7 @@ class Scheduler:
             return
         try:
             component = self._pipeline.component_of(task)
-            inputs = resolve_inputs(task, component, self._surroundings(scope))
+            inputs = resolve_inputs(task, component, self._surroundings(scope, task))
             if task.condition and not conditions.evaluate(task.condition, inputs.parameters):
                 self._settle(scope, task, "skipped", reason=f"the condition {task.condition} does not hold")
                 return
@@ -190,8 +190,13 @@ class Scheduler:
             return
         self._launch(_Node(scope.child_id(task.name), task, component, scope, inputs))
 
-    def _surroundings(self, scope: _Scope) -> Surroundings:
-        final = {name: self._final_status(scope, name) for name in scope.states}
+    def _surroundings(self, scope: _Scope, task: Task) -> Surroundings:
+        asked = {
+            source["taskFinalStatus"]["producerTask"]
+            for source in task.parameters.values()
+            if "taskFinalStatus" in source
+        }
+        final = {name: self._final_status(scope, name) for name in asked if name in scope.states}
         return Surroundings(scope.inputs, scope.outputs, final, self._constants)
 
     def _final_status(self, scope: _Scope, name: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import uuid
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TextIO
 
 from mlfuncs import __version__
 from mlfuncs_pipelines.engine import Observer
@@ -25,30 +25,34 @@ class LineageObserver(Observer):
 
     def __init__(self, namespace: str) -> None:
         self._namespace = namespace
+        self._parent: dict[str, Any] = {}
+        self._file: TextIO | None = None
 
     def run_started(self, run: PipelineRun) -> None:
-        self._write(run, self._event("START", run, run.pipeline, _uuid(run.id)))
+        self._file = (run.folder / "openlineage.jsonl").open("a", encoding="utf-8", buffering=1)
+        self._parent = {
+            "_producer": _PRODUCER,
+            "_schemaURL": "https://openlineage.io/spec/facets/1-0-1/ParentRunFacet.json",
+            "run": {"runId": _uuid(run.id)},
+            "job": {"namespace": self._namespace, "name": run.pipeline},
+        }
+        self._write(self._event("START", run.pipeline, _uuid(run.id)))
 
     def step_changed(self, run: PipelineRun, record: StepRecord) -> None:
         if record.is_group or record.status not in _EVENTS:
             return
         name = f"{run.pipeline}.{record.id}"
-        event = self._event(_EVENTS[record.status], run, name, _uuid(f"{run.id}/{record.id}/{record.attempt}"))
-        event["run"]["facets"] = {
-            "parent": {
-                "_producer": _PRODUCER,
-                "_schemaURL": "https://openlineage.io/spec/facets/1-0-1/ParentRunFacet.json",
-                "run": {"runId": _uuid(run.id)},
-                "job": {"namespace": self._namespace, "name": run.pipeline},
-            }
-        }
+        event = self._event(_EVENTS[record.status], name, _uuid(f"{run.id}/{record.id}/{record.attempt}"))
+        event["run"]["facets"] = {"parent": self._parent}
         event["inputs"], event["outputs"] = _datasets(record.inputs), _datasets(record.outputs)
-        self._write(run, event)
+        self._write(event)
 
     def run_ended(self, run: PipelineRun) -> None:
-        self._write(run, self._event(_EVENTS[run.status], run, run.pipeline, _uuid(run.id)))
+        self._write(self._event(_EVENTS[run.status], run.pipeline, _uuid(run.id)))
+        if self._file is not None:
+            self._file.close()
 
-    def _event(self, kind: str, run: PipelineRun, name: str, run_id: str) -> dict[str, Any]:
+    def _event(self, kind: str, name: str, run_id: str) -> dict[str, Any]:
         return {
             "eventType": kind,
             "eventTime": datetime.now(UTC).isoformat(),
@@ -60,9 +64,9 @@ class LineageObserver(Observer):
             "schemaURL": _SCHEMA,
         }
 
-    def _write(self, run: PipelineRun, event: dict[str, Any]) -> None:
-        with open(run.folder / "openlineage.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(event) + "\n")
+    def _write(self, event: dict[str, Any]) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps(event) + "\n")
 
 
 def _datasets(values: Values) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,13 +66,17 @@ def prepare(pipeline: Pipeline, settings: Settings, containers: str) -> dict[str
     Raises InvalidPipeline with everything that is missing.
     """
     labels = sorted({component.executor for component in pipeline.components.values() if component.executor})
+    alike = {
+        label: json.dumps(pipeline.executors[label], sort_keys=True) for label in labels
+    }  # kfp writes one per task
     problems: list[Problem] = []
+    plans = {}
     with ThreadPoolExecutor(max_workers=4) as pool:
-        futures = {label: pool.submit(_plan, pipeline, label, settings, containers) for label in labels}
-        plans = {}
-        for label, future in futures.items():
+        first = {text: label for label, text in reversed(alike.items())}
+        futures = {text: pool.submit(_plan, pipeline, label, settings, containers) for text, label in first.items()}
+        for label, text in alike.items():
             try:
-                plans[label] = future.result()
+                plans[label] = replace(futures[text].result(), label=label)
                 if plans[label].kind == "container" and containers == "docker":
                     require_docker(plans[label].spec.get("image", ""))
             except MlfuncsError as exc:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mlfuncs.errors import MlfuncsError
-from mlfuncs.registry import Registry, RunArtifact, RunRow, open_registry
+from mlfuncs.registry import RunArtifact, RunRow, RunState, open_registry
 from mlfuncs.runs.journal import read_entries
 from mlfuncs.runs.liveness import this_process
 from mlfuncs.runs.records import Batch
@@ -43,7 +43,6 @@ class RegistryObserver(Observer):
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._waiting: dict[str, _Item] = {}
-        self._known: set[str] = set()
         self._changed = threading.Condition()
         self._over = False
         self._thread: threading.Thread | None = None
@@ -140,30 +139,22 @@ class RegistryObserver(Observer):
                 over = self._over
                 items, self._waiting = list(self._waiting.values()), {}
             try:
-                registry = open_registry(self._settings)
-                for item in items:
-                    self._keep(registry, item)
+                if items:
+                    open_registry(self._settings).runs.record([_state(item) for item in items])
             except MlfuncsError as exc:
                 log.warning("a pipeline run could not be recorded: %s", exc)
             with self._changed:
                 self._changed.wait_for(lambda: self._over, None if over else _PAUSE_S)
 
-    def _keep(self, registry: Registry, item: _Item) -> None:
-        """Make or update a row, and bring in what the step logged."""
-        batch = Batch()
-        if item.journal is not None and item.row.status != "running":
-            for entries, _ in read_entries(item.journal):
-                batch.add(entries)
-        artifacts = [*item.artifacts, *batch.artifacts.values()]
-        columns = {name: value for name, value in vars(item.row).items() if name not in ("id", "project", "created_at")}
-        if item.row.id not in self._known and not registry.runs.update(item.row.id, **columns):
-            registry.runs.create(item.row, {**item.params, **batch.params}, artifacts)
-            artifacts, batch.params = [], {}
-        elif item.row.id in self._known:
-            registry.runs.update(item.row.id, **columns)
-        self._known.add(item.row.id)
-        if artifacts or batch.metrics or batch.params:
-            registry.runs.log(item.row.id, batch.metrics, batch.params, artifacts)
+
+def _state(item: _Item) -> RunState:
+    """The row with what the step itself logged."""
+    batch = Batch()
+    if item.journal is not None and item.row.status != "running":
+        for entries, _ in read_entries(item.journal):
+            batch.add(entries)
+    artifacts = [*item.artifacts, *batch.artifacts.values()]
+    return RunState(item.row, {**item.params, **batch.params}, batch.metrics, artifacts)
 
 
 def _artifacts(record: StepRecord) -> tuple[RunArtifact, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -19,6 +18,10 @@ from mlfuncs_pipelines.inputs import Values
 from mlfuncs_pipelines.ir import Component, Task
 from mlfuncs_pipelines.placeholders import Context, local_path, resolve_command, resolve_value, uses
 from mlfuncs_pipelines.preflight import Plan
+from mlfuncs_pipelines.workers import Request
+
+REQUEST_FILE = "request.json"  # in the step's folder, when the request is not in the run's journal
+_MESSAGE_BYTES = 100_000  # a socket takes about 200 KB in one message
 
 
 @dataclass(frozen=True)
@@ -63,15 +66,17 @@ def prepare_step(step: Step, plan: Plan, steps_folder: Path, constants: Mapping[
 
 def make_folder(prepared: Prepared) -> None:
     """An empty folder for the step; what an interrupted attempt left there goes away."""
-    with contextlib.suppress(FileNotFoundError):
+    try:
+        os.makedirs(prepared.folder)
+    except FileExistsError:
         shutil.rmtree(prepared.folder)
-    prepared.folder.mkdir(parents=True)
+        os.makedirs(prepared.folder)
 
 
-def write_request(
+def make_request(
     prepared: Prepared, containers: str, run_folder: Path, track: Mapping[str, str] | None = None
-) -> Path:
-    """The file that tells the step's process what to do."""
+) -> dict[str, Any]:
+    """What tells the step's process what to do."""
     request: dict[str, Any] = {
         "log": str(prepared.log),
         "error_path": str(prepared.error_path),
@@ -101,8 +106,16 @@ def write_request(
         request |= {"kind": "command", "argv": _argv(prepared, containers, run_folder)}
         for output in prepared.executor_input["outputs"]["artifacts"].values():
             Path(output["artifacts"][0]["uri"]).parent.mkdir(parents=True, exist_ok=True)
-    path = prepared.folder / "request.json"
-    path.write_text(json.dumps(request), encoding="utf-8")
+    return request
+
+
+def place_request(prepared: Prepared, request: dict[str, Any]) -> Request:
+    """The request itself, or the file that it is put into because it is too long for a message."""
+    text = json.dumps(request)
+    if len(text) < _MESSAGE_BYTES:
+        return request
+    path = prepared.folder / REQUEST_FILE
+    path.write_text(text, encoding="utf-8")
     return path
 
 

@@ -32,7 +32,10 @@ class Preload:
 
 @dataclass
 class Exit:
-    """How a step's process ended; `error` is set when the step's code could not be loaded."""
+    """How a step's process ended; `error` is set when the step's code could not be loaded.
+
+    `output` is the executor output of a step of ours, unless that is long and in its file.
+    """
 
     step_id: str
     code: int
@@ -40,6 +43,10 @@ class Exit:
     max_rss_kib: int = 0
     cpu_s: float = 0.0
     error: str = ""
+    output: Mapping[str, Any] | None = None
+
+
+Request = Mapping[str, Any] | Path  # what a step's process is to do, or the file that says so
 
 
 @dataclass
@@ -54,13 +61,13 @@ class Worker:
     process: subprocess.Popen[bytes] | None = None  # None: forked from another zygote
     single: bool = False
     ready: bool = False
-    pending: dict[str, Path] = field(default_factory=dict)
+    pending: dict[str, Request] = field(default_factory=dict)
     running: set[str] = field(default_factory=set)
-    overflow: dict[str, Path] = field(default_factory=dict)
+    overflow: dict[str, Request] = field(default_factory=dict)
     modules: set[str] = field(default_factory=set)
 
-    def run(self, step_id: str, request: Path) -> None:
-        """Start the step whose request is in a file; its end comes as an Exit from `receive`."""
+    def run(self, step_id: str, request: Request) -> None:
+        """Start a step; its end comes as an Exit from `receive`."""
         if not self.ready:
             self.pending[step_id] = request
         elif self.single:
@@ -91,7 +98,8 @@ class Worker:
         message = json.loads(data)
         if message["event"] == "exited":
             self.running.discard(message["id"])
-            return [Exit(message["id"], message["code"], message["signal"], message["max_rss_kib"], message["cpu_s"])]
+            measured = message["max_rss_kib"], message["cpu_s"]
+            return [Exit(message["id"], message["code"], message["signal"], *measured, output=message["output"])]
         return self._loaded(message)
 
     def send(self, message: Mapping[str, Any]) -> None:
@@ -113,9 +121,10 @@ class Worker:
         """Whether no step runs or waits here."""
         return not (self.running or self.pending or self.overflow)
 
-    def _run(self, step_id: str, request: Path) -> None:
+    def _run(self, step_id: str, request: Request) -> None:
         self.running.add(step_id)
-        self.send({"op": "run", "id": step_id, "request": str(request), "inline": self.single})
+        body = {"path": str(request)} if isinstance(request, Path) else {"request": request}
+        self.send({"op": "run", "id": step_id, "inline": self.single, **body})
 
     def _loaded(self, message: Mapping[str, Any]) -> list[Exit]:
         """The zygote is ready, or says why it never will be: start what waited, or hand it back."""

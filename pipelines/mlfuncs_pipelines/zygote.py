@@ -4,12 +4,16 @@ The standard library only (and syntax that Python 3.9 reads), because it also ru
 kfp's lightweight components, where mlfuncs is not installed. FD is one end of a SOCK_SEQPACKET pair; messages are JSON.
 
     engine to zygote   {"op": "preload", "modules": [..], "path": [..], "step": {..}}   answered by "ready"
-                       {"op": "run", "id": .., "request": PATH, "inline": false}
+                       {"op": "run", "id": .., "request": {..} or "path": FILE, "inline": false}
                        {"op": "kill", "id": .., "signal": 15}
                        {"op": "fork"} with a socket attached: a child becomes another zygote behind that socket
     zygote to engine   {"event": "ready", "forkable": true, "error": ""}
-                       {"event": "exited", "id": .., "code": .., "signal": .., "max_rss_kib": .., "cpu_s": ..}
+                       {"event": "exited", "id": .., "code": .., "signal": .., "max_rss_kib": .., "cpu_s": ..,
+                        "output": null or the output of a step of ours}
                        {"event": "declined"} on the attached socket: this process cannot fork safely
+
+A child is forked ahead and waits for its step. It says itself how the step ended, which the zygote passes on, so that
+nobody waits for the end of its process; for a child that ended without a word the zygote speaks.
 
 "inline" makes the zygote itself run the step and end with it: for code that cannot be forked safely.
 
@@ -17,8 +21,8 @@ When the engine's end closes, the children are ended and the zygote exits: nothi
 """
 
 import array
-import atexit
 import contextlib
+import functools
 import gc
 import importlib
 import json
@@ -33,9 +37,23 @@ import time
 import traceback
 import types
 
-mask = str  # what is done to text about an error; a step with secrets replaces it
 _FORK_SAFE_THREADS = {"jemalloc_bg_thd"}  # pyarrow's allocator, which has fork handlers of its own
+_REHEARSALS = 16  # CPython 3.11 specialises code that was called 8 times
 _GRACE_S = 2.0  # between asking children to end and killing them
+
+
+def _load_beside(name):
+    """A module of this folder, which is not on the path: its other names must not stand in for a user's modules."""
+    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), name + ".py")
+    module = types.ModuleType("mlfuncs_" + name)
+    module.__file__ = path
+    sys.modules[module.__name__] = module
+    with open(path, encoding="utf-8") as file:
+        exec(compile(file.read(), path, "exec"), module.__dict__)
+    return module
+
+
+step_child = _load_beside("step_child")
 
 
 class Zygote:
@@ -48,6 +66,10 @@ class Zygote:
         self.loaded = None
         self.forkable = True
         self.spare = None  # (pid, pipe) of a child forked ahead, waiting for its step
+        self.report_read, self.report_write = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.report_read.setblocking(False)
+        if sys.stdout is not None:
+            sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
         self.wake_read, self.wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(self.wake_write, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -57,7 +79,9 @@ class Zygote:
     def serve(self):
         """Answer messages until the engine is gone."""
         while True:
-            ready, _, _ = select.select([self.connection, self.wake_read], [], [])
+            ready, _, _ = select.select([self.connection, self.report_read, self.wake_read], [], [])
+            if self.report_read in ready:
+                self.pass_on()
             if self.wake_read in ready:
                 os.read(self.wake_read, 4096)
                 self.reap()
@@ -76,7 +100,7 @@ class Zygote:
         message = json.loads(data)
         operation = message["op"]
         if operation == "run":
-            self.run(message)
+            self.run(message, data)
         elif operation == "kill":
             self.kill(message["id"], message["signal"])
         elif operation == "preload":
@@ -86,8 +110,10 @@ class Zygote:
         return True
 
     def send(self, message):
+        """Tell the engine something: an object, or the bytes of one."""
+        data = message if isinstance(message, bytes) else json.dumps(message).encode()
         with contextlib.suppress(OSError):  # the engine is gone; the next receive ends this process
-            self.connection.send(json.dumps(message).encode())
+            self.connection.send(data)
 
     def preload(self, message):
         """Import what the steps need, and say whether forking is safe afterwards."""
@@ -100,7 +126,9 @@ class Zygote:
             for name in message.get("modules", []):
                 importlib.import_module(name)
             if message.get("step"):
-                self.loaded = importlib.import_module("mlfuncs_pipelines.step").load(message["step"])
+                step = importlib.import_module("mlfuncs_pipelines.step")
+                self.loaded = step.load(message["step"])
+                step.rehearse(_REHEARSALS)
         except BaseException as exc:  # noqa: BLE001 - the user's module may raise anything at import
             error = "".join(traceback.format_exception(type(exc), exc, exc.__traceback__))
         gc.collect()
@@ -108,16 +136,17 @@ class Zygote:
         self.forkable = is_single_threaded()
         self.send({"event": "ready", "forkable": self.forkable, "error": error})
 
-    def run(self, message):
+    def run(self, message, data):
         if message.get("inline"):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             signal.set_wakeup_fd(-1)
-            run_child(message["request"], self.loaded, lambda code: self.farewell(message["id"], code))
+            step_child.make_ready(None)
+            step_child.run_child(message, self.loaded, lambda *end: self.send(describe_exit(message["id"], *end)))
         pid, pipe = self.spare or self.fork_ahead()
         self.spare = None
         self.children[pid] = message["id"]
         with contextlib.suppress(BrokenPipeError):  # the child is dead already, which reap reports
-            os.write(pipe, message["request"].encode())
+            os.write(pipe, data)
         os.close(pipe)
         self.spare = self.fork_ahead()
 
@@ -128,22 +157,33 @@ class Zygote:
         if pid == 0:
             os.close(writing)
             self.detach()
-            path = b""
-            while part := os.read(reading, 65536):
-                path += part
+            step_child.make_ready(self.loaded)
+            data = b""
+            while part := os.read(reading, 262144):
+                data += part
             os.close(reading)
-            if not path:
+            if not data:
                 os._exit(0)  # the zygote is gone
-            run_child(path.decode(), self.loaded)
+            message = json.loads(data)
+            step_child.run_child(message, self.loaded, functools.partial(self.report_exit, message["id"]))
         os.close(reading)
         return pid, writing
 
-    def farewell(self, step_id, code):
-        """Report the end of a step that ran in this very process."""
-        usage = resource.getrusage(resource.RUSAGE_SELF)
-        cpu_s = usage.ru_utime + usage.ru_stime
-        body = {"id": step_id, "code": code, "signal": 0, "max_rss_kib": usage.ru_maxrss, "cpu_s": cpu_s}
-        self.send({"event": "exited", **body})
+    def report_exit(self, step_id, code, output):
+        """In a child: say how its step ended. The zygote reads the pid and passes on the rest."""
+        with contextlib.suppress(OSError):  # the zygote is gone, which the engine sees
+            self.report_write.send(b"%d " % os.getpid() + describe_exit(step_id, code, output))
+
+    def pass_on(self):
+        """Hand the children's last words to the engine."""
+        while True:
+            try:
+                pid, _, message = self.report_read.recv(1 << 20).partition(b" ")
+            except BlockingIOError:
+                return
+            if int(pid) in self.children:
+                self.children[int(pid)] = None
+                self.send(message)
 
     def detach(self):
         """In a forked child: let go of what belongs to the zygote."""
@@ -152,6 +192,7 @@ class Zygote:
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         self.connection.close()
+        self.report_read.close()
         os.close(self.wake_read)
         os.close(self.wake_write)
         if self.spare is not None:
@@ -170,6 +211,7 @@ class Zygote:
         pid = os.fork()
         if pid == 0:
             self.detach()
+            self.report_write.close()
             Zygote(socket.socket(fileno=descriptors[0])).serve()
         self.children[pid] = None
         for descriptor in descriptors:
@@ -191,18 +233,12 @@ class Zygote:
             if self.spare is not None and pid == self.spare[0]:
                 os.close(self.spare[1])
                 self.spare = None
+            self.pass_on()  # its last words, if it had any, are in the socket by now
             step_id = self.children.pop(pid, None)
             if step_id is not None:
-                self.send(
-                    {
-                        "event": "exited",
-                        "id": step_id,
-                        "code": os.WEXITSTATUS(status) if os.WIFEXITED(status) else -1,
-                        "signal": os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0,
-                        "max_rss_kib": usage.ru_maxrss,
-                        "cpu_s": usage.ru_utime + usage.ru_stime,
-                    }
-                )
+                code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else -1
+                number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+                self.send(describe_exit(step_id, code, None, number, [usage]))
 
     def end_children(self):
         steps = [pid for pid, owner in self.children.items() if owner is not None]
@@ -217,6 +253,21 @@ class Zygote:
         for pid in list(self.children):
             if self.children[pid] is not None:
                 signal_group(pid, signal.SIGKILL)
+
+
+def describe_exit(step_id, code, output, number=0, usages=()):
+    """An "exited" message as bytes; `usages` are of this process and its children unless given."""
+    usages = usages or [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    message = {
+        "event": "exited",
+        "id": step_id,
+        "code": code,
+        "signal": number,
+        "max_rss_kib": max(usage.ru_maxrss for usage in usages),
+        "cpu_s": sum(usage.ru_utime + usage.ru_stime for usage in usages),
+        "output": output,
+    }
+    return json.dumps(message).encode()
 
 
 def signal_group(pid, number):
@@ -248,110 +299,6 @@ def is_single_threaded():
 def _thread_name(task):
     with open(f"/proc/self/task/{task}/comm") as file:
         return file.read().strip()
-
-
-def run_child(path, loaded, farewell=lambda code: None):
-    """Run the request at `path` in this process, say so to `farewell`, and exit with its code."""
-    code = 1
-    try:
-        with open(path, encoding="utf-8") as file:
-            request = json.load(file)
-        prepare(request)
-        code = HANDLERS[request["kind"]](request, loaded)
-    except SystemExit as exc:
-        code = exc.code if isinstance(exc.code, int) else int(exc.code is not None)
-        if isinstance(exc.code, str):
-            print(exc.code, file=sys.stderr)
-    except BaseException as exc:  # noqa: BLE001 - a step may raise anything; it is reported and ends the child
-        report(request if "request" in locals() else {}, exc)
-    finish(code or 0, farewell)
-
-
-def prepare(request):
-    """The step's own session, log, working folder, variables and random numbers."""
-    if os.getpid() != os.getsid(0):
-        os.setsid()
-    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    null = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(null, 0)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    os.close(log)
-    os.close(null)
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    os.environ.update(request.get("env", {}))
-    if request.get("cwd"):
-        os.chdir(request["cwd"])
-    numpy = sys.modules.get("numpy")
-    if numpy is not None and hasattr(numpy, "random"):
-        numpy.random.seed()  # else every child would draw the same numbers
-
-
-def run_kfp(request, _):
-    """A kfp lightweight component: its source as a module, executed by kfp's own executor."""
-    executor = importlib.import_module(request.get("executor_module", "kfp.dsl.executor"))
-    if request.get("cwd"):
-        sys.path.insert(0, request["cwd"])  # as `python -m` does
-    path = request["module_path"]
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(request["source"])
-    module = types.ModuleType("ephemeral_component")
-    module.__file__ = path
-    sys.modules["ephemeral_component"] = module
-    exec(compile(request["source"], path, "exec"), module.__dict__)
-    function = getattr(module, request["function"])
-    executor.Executor(executor_input=request["executor_input"], function_to_execute=function).execute()
-    return 0
-
-
-def run_command(request, _):
-    """A command of its own; this process becomes it."""
-    arguments = request["argv"]
-    try:
-        os.execvpe(arguments[0], arguments, os.environ)
-    except OSError as exc:
-        print(f"{arguments[0]}: {exc.strerror}", file=sys.stderr)
-        return 127
-
-
-def run_step(request, loaded):
-    """A step of mlfuncs' own, loaded ahead where possible."""
-    return importlib.import_module("mlfuncs_pipelines.step").run_request(request, loaded)
-
-
-HANDLERS = {"kfp": run_kfp, "command": run_command, "step": run_step}
-
-
-def report(request, exc):
-    """Print the traceback from the user's first frame on, and leave it as JSON for the engine."""
-    frames = traceback.extract_tb(exc.__traceback__)
-    ours = ("zygote.py", "step.py", os.path.join("kfp", "dsl", "executor.py"))
-    first = next((n for n, frame in enumerate(frames) if not frame.filename.endswith(ours)), 0)
-    exc.__traceback__ = _skip(exc.__traceback__, first)
-    text = "".join(traceback.format_exception(type(exc), exc, exc.__traceback__))
-    sys.stdout.flush()
-    sys.stderr.write(text)
-    if request.get("error_path"):
-        with open(request["error_path"], "w", encoding="utf-8") as file:
-            json.dump({"type": type(exc).__name__, "message": mask(str(exc)), "traceback": mask(text)}, file)
-
-
-def _skip(trace, count):
-    while count and trace is not None and trace.tb_next is not None:
-        trace, count = trace.tb_next, count - 1
-    return trace
-
-
-def finish(code, farewell):
-    """Leave as an interpreter does (threads joined, atexit run), without tearing down the inherited one."""
-    try:
-        threading._shutdown()  # type: ignore[attr-defined]
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-    finally:
-        farewell(code & 0xFF)
-        os._exit(code & 0xFF)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,129 @@
+"""What a forked child does with one pipeline step: its log and folder, the code, the report of how it ended.
+
+The standard library only (and syntax that Python 3.9 reads): see `zygote`, which loads this file by its path.
+"""
+
+import atexit
+import importlib
+import json
+import os
+import sys
+import threading
+import traceback
+import types
+
+mask = str  # what is done to text about an error; a step with secrets replaces it
+
+
+def make_ready(loaded):
+    """What every step's process needs, done before its step is known."""
+    if os.getpid() != os.getsid(0):
+        os.setsid()
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and hasattr(numpy, "random"):
+        numpy.random.seed()  # else every child would draw the same numbers
+    if loaded is not None:
+        importlib.import_module("mlfuncs_pipelines.step").rehearse()
+
+
+def run_child(message, loaded, farewell):
+    """Run the step of a "run" message in this process, tell `farewell` its exit code and output, and exit."""
+    code, output, request = 1, None, {}
+    try:
+        request = read_request(message)
+        prepare(request)
+        code, output = HANDLERS[request["kind"]](request, loaded)
+    except SystemExit as exc:
+        code = exc.code if isinstance(exc.code, int) else int(exc.code is not None)
+        if isinstance(exc.code, str):
+            print(exc.code, file=sys.stderr)
+    except BaseException as exc:  # noqa: BLE001 - a step may raise anything; it is reported and ends the child
+        report(request, exc)
+    finish(code or 0, output, farewell)
+
+
+def read_request(message):
+    """The request that a message holds, or names the file of."""
+    if "request" in message:
+        return message["request"]
+    with open(message["path"], encoding="utf-8") as file:
+        return json.load(file)
+
+
+def prepare(request):
+    """The step's own log, variables and working folder."""
+    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    if request.get("env"):
+        os.environ.update(request["env"])
+    if request.get("cwd"):
+        os.chdir(request["cwd"])
+
+
+def run_kfp(request, _):
+    """A kfp lightweight component: its source as a module, executed by kfp's own executor."""
+    executor = importlib.import_module(request.get("executor_module", "kfp.dsl.executor"))
+    if request.get("cwd"):
+        sys.path.insert(0, request["cwd"])  # as `python -m` does
+    path = request["module_path"]
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(request["source"])
+    module = types.ModuleType("ephemeral_component")
+    module.__file__ = path
+    sys.modules["ephemeral_component"] = module
+    exec(compile(request["source"], path, "exec"), module.__dict__)
+    function = getattr(module, request["function"])
+    executor.Executor(executor_input=request["executor_input"], function_to_execute=function).execute()
+    return 0, None
+
+
+def run_command(request, _):
+    """A command of its own; this process becomes it."""
+    arguments = request["argv"]
+    try:
+        os.execvpe(arguments[0], arguments, os.environ)
+    except OSError as exc:
+        print(f"{arguments[0]}: {exc.strerror}", file=sys.stderr)
+        return 127, None
+
+
+def run_step(request, loaded):
+    """A step of mlfuncs' own, loaded ahead where possible; its output travels back with the report."""
+    return 0, importlib.import_module("mlfuncs_pipelines.step").run_request(request, loaded)
+
+
+HANDLERS = {"kfp": run_kfp, "command": run_command, "step": run_step}
+
+
+def report(request, exc):
+    """Print the traceback from the user's first frame on, and leave it as JSON for the engine."""
+    frames = traceback.extract_tb(exc.__traceback__)
+    ours = ("zygote.py", "step_child.py", "step.py", os.path.join("kfp", "dsl", "executor.py"))
+    first = next((n for n, frame in enumerate(frames) if not frame.filename.endswith(ours)), 0)
+    exc.__traceback__ = _skip(exc.__traceback__, first)
+    text = "".join(traceback.format_exception(type(exc), exc, exc.__traceback__))
+    sys.stdout.flush()
+    sys.stderr.write(text)
+    if request.get("error_path"):
+        with open(request["error_path"], "w", encoding="utf-8") as file:
+            json.dump({"type": type(exc).__name__, "message": mask(str(exc)), "traceback": mask(text)}, file)
+
+
+def _skip(trace, count):
+    while count and trace is not None and trace.tb_next is not None:
+        trace, count = trace.tb_next, count - 1
+    return trace
+
+
+def finish(code, output, farewell):
+    """Leave as an interpreter does (threads joined, atexit run), without tearing down the inherited one."""
+    try:
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        farewell(code & 0xFF, output)
+        os._exit(code & 0xFF)
