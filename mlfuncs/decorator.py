@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mlfuncs.bundles.bundle import Bundle
     from mlfuncs.interface.signature import Signature
     from mlfuncs.runs.run import Run
+    from mlfuncs.runs.run import Target as RunTarget
     from mlfuncs.runs.sweep import SweepResult
     from mlfuncs.serving.endpoints import Endpoint
     from mlfuncs.triggers import Trigger
@@ -112,15 +113,26 @@ class Function(Generic[P, R]):
         """The function as a kfp v2 component."""
         return adapters.load("pipelines:component")(self)
 
-    def run(self, /, *args: P.args, **kwargs: P.kwargs) -> Run:
+    @overload
+    def run(self, /, *args: P.args, **kwargs: P.kwargs) -> Run: ...
+    @overload
+    def run(
+        self, /, *args: Any, target: RunTarget, wait: bool = True, timeout_s: float | None = None, **kwargs: Any
+    ) -> Run: ...
+    def run(self, /, *args: Any, **kwargs: Any) -> Run:
         """Call the function as a tracked run in this process and return the finished run.
 
-        Raises RunFailed, from the user's own exception, when it raises. `ml.run(function, {...}, isolation="process")`
-        gives the run a process of its own, in the function's environment.
+        With `target` "docker" or "kubernetes" it runs in a container, or as a Job, and takes `wait` and `timeout_s`
+        too; a parameter of the function's own of such a name comes first (`ml.run(function, {...}, target=...)` has
+        room for both). Raises RunFailed, from the user's own exception, when it raises.
+        `ml.run(function, {...}, isolation="process")` gives it a process of its own, in the function's environment.
         """
         from mlfuncs.runs.run import run_function
 
-        return run_function(self, args, kwargs)
+        own = inspect.signature(self.target).parameters
+        words = ("target", "wait", "timeout_s") if "target" in kwargs and "target" not in own else ()
+        options = {word: kwargs.pop(word) for word in words if word in kwargs and word not in own}
+        return run_function(self, args, kwargs, **options)
 
     def with_options(self, **options: Any) -> Function[P, R]:
         """The same callable under a spec with `options` (any argument of `ml.function`) replaced."""

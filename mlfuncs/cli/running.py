@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -18,8 +18,17 @@ if TYPE_CHECKING:
 @click.argument("target", metavar="FILE:FUNCTION")
 @click.option("-p", "--param", "params", multiple=True, metavar="NAME=JSON", help="An argument; may be repeated.")
 @click.option("--isolated", is_flag=True, help="In a process and environment of its own.")
+@click.option("--target", "place", type=click.Choice(["docker", "kubernetes"]), help="In a container; as a Job.")
+@click.option("--timeout-s", type=float, help="How long an isolated run may take.")
 @as_json
-def run(target: str, params: tuple[str, ...], isolated: bool, json_wanted: bool) -> None:
+def run(
+    target: str,
+    params: tuple[str, ...],
+    isolated: bool,
+    place: Literal["docker", "kubernetes"] | None,
+    timeout_s: float | None,
+    json_wanted: bool,
+) -> None:
     """Run a function as a tracked run and print its id, status, metrics and outputs."""
     from mlfuncs.loading import load_target
     from mlfuncs.runs.run import run_function
@@ -27,7 +36,9 @@ def run(target: str, params: tuple[str, ...], isolated: bool, json_wanted: bool)
     given = parse_assignments(params, "--param")
     with only_json(json_wanted):
         function = load_target(target)
-        result = run_function(function, (), _typed(function, given), isolation="process" if isolated else "inline")
+        isolation = "process" if isolated else "inline"
+        options: dict[str, Any] = {"isolation": isolation, "target": place, "timeout_s": timeout_s}
+        result = run_function(function, (), _typed(function, given), **options)
     values = _run_values(result)
     lines = [f"run {result.id} {values['status']} in {values['duration_s'] or 0:.2f} s"]
     lines += [f"  {name} = {value}" for name, value in values["metrics"].items()]

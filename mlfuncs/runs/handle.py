@@ -176,6 +176,11 @@ class Run:
         """This run, cancelled; one that has ended stays as it is. Raises Conflict for a run inside another process."""
         if self.status not in ACTIVE:
             return self
+        if self._supervision is None and "job" in self._row.details:
+            from mlfuncs.runs.elsewhere import cancel_elsewhere
+
+            cancel_elsewhere(self._registry, self._settings, self._row)
+            return self.wait()
         if self._supervision is None:
             raise Conflict(
                 f"run {self.id} of {self.function!r} belongs to process {(self._row.owner or {}).get('pid')}: "

@@ -67,9 +67,13 @@ def pack_function(
         python = environment_for(bundle.manifest.lock, settings)
     elif target != "elsewhere":
         command = tuple(adapters.load(f"runs:{target}")(bundle.digest, function.spec, settings))
-    if timeout_s is None and function.spec.timeout_s != _SPEC_TIMEOUT_S:
-        timeout_s = function.spec.timeout_s
-    return Packed(bundle, folder_of(function.target), str(python), function.spec, settings, timeout_s, command)
+    limit = time_limit(function.spec, timeout_s)
+    return Packed(bundle, folder_of(function.target), str(python), function.spec, settings, limit, command)
+
+
+def time_limit(spec: FunctionSpec, timeout_s: float | None) -> float | None:
+    """How long an attempt may take: `timeout_s`, else the spec's when one was set (60 s is meant for requests)."""
+    return spec.timeout_s if timeout_s is None and spec.timeout_s != _SPEC_TIMEOUT_S else timeout_s
 
 
 def start_isolated(
@@ -96,12 +100,15 @@ def begin_isolated(function: Function[Any, Any], packed: Packed, arguments: Argu
 
 
 class Supervision:
-    """A thread that sees an isolated run through; `cancel` asks it to stop the run."""
+    """A thread that sees an isolated run through; `cancel` asks it to stop the run.
 
-    def __init__(self, work: Callable[[threading.Event], None]) -> None:
+    The process waits for it at its end, unless it is a daemon: then the run must be able to go on alone.
+    """
+
+    def __init__(self, work: Callable[[threading.Event], None], daemon: bool = False) -> None:
         self._cancelled = threading.Event()
         self._raised: list[BaseException] = []
-        self._thread = threading.Thread(target=self._run, args=(work,), name="mlfuncs-run")
+        self._thread = threading.Thread(target=self._run, args=(work,), name="mlfuncs-run", daemon=daemon)
         self._thread.start()
 
     def cancel(self) -> None:
@@ -221,7 +228,7 @@ def _why_stopped(cancelled: threading.Event, deadline: float | None) -> str | No
 
 
 def _run_alone(packed: Packed, started: Started, arguments: Arguments, cancelled: threading.Event) -> None:
-    show = _teller()
+    show = teller()
     child: list[Child] = []
 
     def next_child() -> Child:
@@ -242,7 +249,7 @@ def child_environ(packed: Packed, **extra: str) -> dict[str, str]:
     return {**os.environ, **extra, **packed.settings.to_environ(), **packed.spec.env}
 
 
-def _teller() -> Callable[[str], None]:
+def teller() -> Callable[[str], None]:
     """Shows a child's output where this process's goes now."""
     stream = sys.stdout
 

@@ -26,11 +26,20 @@ def reconcile(registry: Registry, settings: Settings) -> None:
         age_s = None if row.heartbeat_at is None else now - row.heartbeat_at
         if is_alive(row.owner, age_s):
             alive.add(row.id)
+        elif "job" in row.details:  # a cluster executes it, whatever became of the process that asked for it
+            alive.add(row.id)
+            _collect(registry, settings, row)
         else:
             _bury(registry, settings, row)
     for path in journal_path(settings, "x").parent.glob("*.jsonl"):
         if path.stem not in alive:
             _replay(registry, path)
+
+
+def _collect(registry: Registry, settings: Settings, row: RunRow) -> None:
+    from mlfuncs.runs.elsewhere import collect
+
+    collect(registry, settings, row)
 
 
 def _bury(registry: Registry, settings: Settings, row: RunRow) -> None:

@@ -2,6 +2,7 @@
 
 run = train.run(depth=3)                                  # in this process
 run = ml.run(train, {"depth": 3}, isolation="process")    # in a process of its own, in the function's environment
+run = train.run(target="kubernetes", depth=3)             # as a Job of a cluster; "docker": in a container here
 run.metrics["auc"], run.outputs["output"], run.logs
 """
 
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
     from mlfuncs.decorator import Function
     from mlfuncs.runs.isolation import Supervision
 
-Isolation = Literal["inline", "process", "docker"]
+Isolation = Literal["inline", "process"]
+Target = Literal["docker", "kubernetes"]
+_TARGETS = ("docker", "kubernetes")
 
 
 def run(
@@ -36,18 +39,19 @@ def run(
     params: Mapping[str, Any] | None = None,
     *,
     isolation: Isolation = "inline",
+    target: Target | None = None,
     wait: bool = True,
     timeout_s: float | None = None,
 ) -> Run:
     """Execute `function` with `params` as a tracked run; `isolation` "process" gives it an interpreter of its own.
 
-    "docker" runs that interpreter in a container of this machine, from an image of the function.
-    An isolated run has the function's own environment, its spec's `retries`, and a time limit: `timeout_s`, else the
-    spec's when one was set (the default of 60 s is meant for requests). With `wait` False it returns at once.
-    Raises RunFailed when the function raises, InvalidInput for arguments that do not fit, SpecError for options that
-    do not go together.
+    `target` "docker" runs it in a container of this machine, "kubernetes" as a Job of the cluster of KUBECONFIG, which
+    goes on when this process ends. A run with either has the function's own environment, its spec's `retries`, and a
+    time limit: `timeout_s`, else the spec's when one was set (the default of 60 s is meant for requests). With `wait`
+    False it returns at once. Raises RunFailed when the function raises, InvalidInput for arguments that do not fit,
+    SpecError for options that do not go together.
     """
-    return run_function(function, (), params, isolation=isolation, wait=wait, timeout_s=timeout_s)
+    return run_function(function, (), params, isolation=isolation, target=target, wait=wait, timeout_s=timeout_s)
 
 
 def run_function(
@@ -56,6 +60,7 @@ def run_function(
     kwargs: Mapping[str, Any] | None = None,
     *,
     isolation: Isolation = "inline",
+    target: Target | None = None,
     wait: bool = True,
     timeout_s: float | None = None,
     place: Place | None = None,
@@ -63,21 +68,34 @@ def run_function(
     """Like `run`, with positional arguments, and `place` for a run that is part of a pipeline or a sweep."""
     from mlfuncs.decorator import function_of
 
-    if isolation not in ("inline", "process", "docker"):
-        raise SpecError(f"isolation is 'inline', 'process' or 'docker', not {isolation!r}")
-    if isolation == "inline" and (not wait or timeout_s is not None):
-        raise SpecError("wait=False and timeout_s need a process of the run's own: add isolation='process'")
+    where = _where(isolation, target)
+    if where == "inline" and (not wait or timeout_s is not None):
+        raise SpecError("wait=False and timeout_s need a process of the run's own: add isolation='process' or a target")
     wrapped = function_of(function)
     settings = read_settings()
     arguments = check_arguments(wrapped, args, kwargs or {}, settings)
-    place = replace(place or Place(), isolation=isolation)
-    if isolation != "inline":
-        from mlfuncs.runs.isolation import start_isolated
+    place = replace(place or Place(), isolation=where)
+    if where == "inline":
+        return _run_inline(wrapped, arguments, place, settings)
+    if where == "kubernetes":
+        from mlfuncs.runs.elsewhere import start_elsewhere as start
+    else:
+        from mlfuncs.runs.isolation import start_isolated as start
 
-        started, supervision = start_isolated(wrapped, arguments, place, settings, timeout_s, isolation)
-        result = Run(started.row, started.registry, settings, supervision)
-        return _finished(supervision, result) if wait else result
-    return _run_inline(wrapped, arguments, place, settings)
+    started, supervision = start(wrapped, arguments, place, settings, timeout_s, where)
+    result = Run(started.row, started.registry, settings, supervision)
+    return _finished(supervision, result) if wait else result
+
+
+def _where(isolation: str, target: str | None) -> str:
+    if isolation not in ("inline", "process"):
+        mend = f"; write target={isolation!r}" if isolation in _TARGETS else ""
+        raise SpecError(f"isolation is 'inline' or 'process', not {isolation!r}{mend}")
+    if target is None:
+        return isolation
+    if target not in _TARGETS:
+        raise SpecError(f"a run's target is {' or '.join(map(repr, _TARGETS))}, not {target!r}")
+    return target
 
 
 def get_run(run_id: str) -> Run:

@@ -49,7 +49,7 @@ class Child:
         self._answers = answers
         self._show = show
         self._spoiled = False
-        self._sink: Callable[[str], None] | None = None
+        self._sink: Callable[[str], object] | None = None
         self._output_ended = threading.Event()
         self._pump = threading.Thread(target=self._read_output, name="mlfuncs-run-output", daemon=True)
         self._pump.start()
@@ -63,7 +63,7 @@ class Child:
         """Whether it may get another run: it lives, and no run in it was cut short."""
         return self._process.poll() is None and not self._spoiled
 
-    def start(self, task: Mapping[str, Any], sink: Callable[[str], None]) -> None:
+    def start(self, task: Mapping[str, Any], sink: Callable[[str], object]) -> None:
         """Give it a run; what the run prints goes to `sink`. Raises ChildDied when it is gone."""
         self._sink = sink
         self._output_ended.clear()

@@ -16,7 +16,7 @@ from mlfuncs_runtime.images.builder import BuiltImage, ImageBuilder, Report
 from mlfuncs_runtime.images.image import BaseImage, Image
 from mlfuncs_runtime.manifests.workload import Workload
 
-TARGETS = ("knative", "kubernetes", "nuclio", "docker", "buildkit", "kaniko")
+TARGETS = ("knative", "kubernetes", "nuclio", "job", "docker", "buildkit", "kaniko")
 Manifest = dict[str, Any]
 
 
@@ -99,6 +99,8 @@ def render(function: Function[Any, Any], target: str, settings: Settings, image:
         return Rendered(render_kubernetes(workload), kubernetes_warnings(workload))
     if target == "nuclio":
         return _nuclio(function, workload, settings)
+    if target == "job":
+        return _run_job(function, name, settings)
     if target == "docker":
         return _docker(function, settings)
     return _job(function, target, name, settings)
@@ -135,6 +137,19 @@ def _nuclio(function: Function[Any, Any], workload: Workload, settings: Settings
 
     document = render_nuclio(workload, nuclio_code(function.bundle.digest, settings))
     return Rendered([document], nuclio_warnings(workload))
+
+
+def _run_job(function: Function[Any, Any], image: str, settings: Settings) -> Rendered:
+    """The Job of a run; its order, with the run's id and arguments, is made when it is started."""
+    from mlfuncs.runs.elsewhere import Job
+    from mlfuncs.runs.isolation import time_limit
+    from mlfuncs_runtime.manifests.jobs import RunJob, render_run_job
+
+    spec, job = function.spec, Job("run-id", function.spec.name, settings.kubernetes_namespace)
+    made = RunJob(
+        job.name, spec.name, settings.project, job.run, job.namespace, image, spec, time_limit(spec, None), {}
+    )
+    return Rendered([render_run_job(made)], [])
 
 
 def _docker(function: Function[Any, Any], settings: Settings) -> Rendered:

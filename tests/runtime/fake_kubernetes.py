@@ -3,6 +3,7 @@
 It speaks HTTP to the real client. Deployments and Knative revisions become what `behaviour` says.
 """
 
+import contextlib
 import json
 import threading
 import urllib.parse
@@ -13,6 +14,8 @@ class FakeKubernetes:
     def __init__(self):
         self.objects, self.requests, self.faults, self.pod_logs = {}, [], {}, {}
         self.behaviour = lambda path, manifest: None
+        self.deleted = lambda path: None
+        self.pod_streams = {}  # pod -> a function that yields its log, as bytes, until its end
         fake = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -42,6 +45,9 @@ class FakeKubernetes:
         for (method, part), (status, message) in self.faults.items():
             if request.command == method and part in url.path:
                 return self.send(request, status, {"kind": "Status", "message": message})
+        pod = url.path.split("/")[-2]
+        if url.path.endswith("/log") and "follow" in query and pod in self.pod_streams:
+            return self.stream(request, self.pod_streams[pod]())
         status, answer = getattr(self, request.command.lower())(url.path, query, body)
         self.send(request, status, answer)
 
@@ -52,6 +58,16 @@ class FakeKubernetes:
         request.end_headers()
         request.wfile.write(content)
 
+    def stream(self, request, parts):
+        request.send_response(200)
+        request.send_header("Transfer-Encoding", "chunked")
+        request.end_headers()
+        with contextlib.suppress(ConnectionError):  # the listener may go away
+            for part in parts:
+                request.wfile.write(b"%x\r\n%s\r\n" % (len(part), part))
+                request.wfile.flush()
+            request.wfile.write(b"0\r\n\r\n")
+
     def patch(self, path, query, body):
         manifest = json.loads(body)
         before = self.objects.get(path)
@@ -59,7 +75,7 @@ class FakeKubernetes:
             return 200, manifest
         changed = before is None or before["spec" if "spec" in before else "metadata"] != manifest.get("spec")
         generation = (before["metadata"]["generation"] if before else 0) + changed
-        manifest["metadata"] = {**manifest["metadata"], "generation": generation}
+        manifest["metadata"] = {**manifest["metadata"], "generation": generation, "uid": f"uid-of-{path}"}
         self.objects[path] = manifest
         self.behaviour(path, manifest)
         return 200, manifest
@@ -75,13 +91,14 @@ class FakeKubernetes:
         wanted = dict(pair.split("=") for pair in query.get("labelSelector", "").split(",") if pair)
         items = [
             value
-            for key, value in self.objects.items()
+            for key, value in list(self.objects.items())
             if key.rpartition("/")[0] == path and wanted.items() <= value["metadata"].get("labels", {}).items()
         ]
         return 200, {"items": items}
 
     def delete(self, path, _query, _body):
         found = self.objects.pop(path, None)
+        self.deleted(path)
         return (200, found) if found else (404, {"kind": "Status", "message": "not found"})
 
     def names(self, kind):

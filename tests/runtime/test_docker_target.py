@@ -162,12 +162,23 @@ def test_a_run_in_a_container_is_a_run_like_any_other(home, monkeypatch, engine,
             time.sleep(60)
         return {"inside": int(os.path.exists("/opt/function")), "x": x}
 
-    run = ml.run(measure, {"x": 3}, isolation="docker")
+    run = ml.run(measure, {"x": 3}, target="docker")
     assert (run.status, run.outputs["output"], run.metrics["twice"]) == ("succeeded", {"inside": 1, "x": 3}, 6.0)
     assert "measuring 3" in str(run.logs)
+    monkeypatch.setenv("PASSPHRASE", "open-sesame")
+
+    @ml.function(requirements=[], secrets=["PASSPHRASE"], resources=ml.Resources(memory="128Mi"))
+    def confide() -> dict[str, int]:
+        limits = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+        (limit,) = [path for path in limits if os.path.exists(path)]
+        print(ml.secret("PASSPHRASE"))
+        return {"secret": len(ml.secret("PASSPHRASE")), "memory": int(open(limit).read())}
+
+    run = confide.run(target="docker")
+    assert run.output == {"secret": 11, "memory": 128 * 2**20} and str(run.logs) == "***\n"
     with pytest.raises(RunFailed, match="ValueError: x is negative"):
-        ml.run(measure, {"x": -1}, isolation="docker")
+        ml.run(measure, {"x": -1}, target="docker")
     with pytest.raises(RunFailed, match="longer than 4 s"):
-        ml.run(measure, {"x": 99}, isolation="docker", timeout_s=4)
+        ml.run(measure, {"x": 99}, target="docker", timeout_s=4)
     assert until(lambda: not own_containers(engine))
     subprocess.run("docker images -q 'mlfuncs/test-*' | xargs -r docker rmi -f", shell=True, capture_output=True)

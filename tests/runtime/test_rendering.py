@@ -49,12 +49,12 @@ def run(capsys, *arguments):
     return capsys.readouterr()
 
 
-@pytest.mark.parametrize("place", ["knative", "kubernetes", "nuclio"])
+@pytest.mark.parametrize("place", ["knative", "kubernetes", "nuclio", "job"])
 def test_render_prints_yaml_and_warns_on_the_side(target, capsys, place):
     printed = run(capsys, "render", target, "--target", place)
     documents = list(yaml.safe_load_all(printed.out))
     assert all(document["metadata"]["name"].startswith("double") for document in documents)
-    assert "scale.buffer" in printed.err or place == "nuclio"
+    assert "scale.buffer" in printed.err or place in ("nuclio", "job")
 
 
 def test_render_docker_is_a_dockerfile_whose_context_build_writes(target, capsys, tmp_path):

@@ -3,6 +3,7 @@
     python -m mlfuncs_runtime.docker.entry              serve the function of this image on port 8080
     python -m mlfuncs_runtime.docker.entry --replica    serve on a Unix socket, as the first line of standard input says
     python -m mlfuncs_runtime.docker.entry --job        execute runs that come in on standard input
+    python -m mlfuncs_runtime.docker.entry --run DIR    execute the one run that DIR orders, as a cluster's Job does
     python -m mlfuncs_runtime.docker.entry --check      0 when the function answers health checks (HEALTHCHECK)
 
 The first process of a container inherits every orphan and gets the signals of `docker stop`: ours passes signals on,
@@ -42,6 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments == ["--job"]:
             return run_job()
         _close_input()
+        if arguments[:1] == ["--run"]:
+            from mlfuncs_runtime.kubernetes.job_pod import run_order
+
+            return run_order(arguments[1])
         from mlfuncs_runtime.docker.inside import run_worker
 
         return run_worker(order)
@@ -49,7 +54,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_job() -> int:
-    """Execute tasks as an isolated run's interpreter does; what runs print, on either descriptor, is output."""
+    """Execute tasks as an isolated run's interpreter does; what runs print, on either descriptor, is output.
+
+    The first line of standard input has the secrets' values.
+    """
+    from pathlib import Path
+
+    from mlfuncs_runtime.docker.inside import keep_secrets
+
+    keep_secrets(read_order().get("secrets") or {}, Path(SECRETS_DIR))
     answers = os.dup(2)
     os.dup2(1, 2)
     sys.argv[1:] = [str(answers)]

@@ -1,31 +1,36 @@
 """A run in a container: the process that stands where an isolated run's interpreter would, and passes everything on.
 
-    python -m mlfuncs_runtime.docker.job IMAGE ANSWER_FD
+    python -m mlfuncs_runtime.docker.job PLAN ANSWER_FD
 
-Tasks come on standard input and go to the container's; its output is ours, its answers go to ANSWER_FD. The home is
-shared with the container under the same path: journal, artifacts and bundles are one. The container runs as the user
-that owns the home, without any capability, on a read-only file system.
+PLAN is JSON: {"image": name, "resources": {...}, "secrets": [names]}. Tasks come on standard input and go to the
+container's, after one line with the secrets, which are files in memory there; its output is ours, its answers go to
+ANSWER_FD. The home is shared with the container under the same path: journal, artifacts and bundles are one. The
+container runs as the user that owns the home, without any capability, on a read-only file system.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import select
 import signal
 import socket
 import struct
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from typing import Any
 
 from mlfuncs.errors import MlfuncsError
+from mlfuncs.secrets import available_secrets
 from mlfuncs.settings import Settings, read_settings
-from mlfuncs.spec import FunctionSpec
+from mlfuncs.spec import FunctionSpec, Resources
 from mlfuncs_runtime.docker.container import HOME_LABEL, OWNER_LABEL, ContainerPlan, container_body
 from mlfuncs_runtime.docker.engine import DockerEngine, read_answer
 from mlfuncs_runtime.docker.entry import FORWARDED
 
+_UNSHARED = ("MLFUNCS_TRUSTED_KEYS", "MLFUNCS_SECRETS_DIR")
 _ANSWER_STREAM = 2  # a job's standard error carries its answers: see container.py
 
 
@@ -40,25 +45,26 @@ def job_command(bundle: str, spec: FunctionSpec, settings: Settings) -> list[str
     reference = f"mlfuncs/{settings.project}-{spec.name}:run-{image.id.removeprefix('sha256:')[:12]}"
     if not builder.has(reference):
         builder.store(image, [reference])
-    return [sys.executable, "-P", "-m", "mlfuncs_runtime.docker.job", reference]
+    wanted = {"image": reference, "resources": asdict(spec.resources), "secrets": list(spec.secrets)}
+    return [sys.executable, "-P", "-m", "mlfuncs_runtime.docker.job", json.dumps(wanted)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Be one container's stand-in until it ends; its exit status."""
-    image, answer_to = sys.argv[1:] if argv is None else argv
+    wanted, answer_to = sys.argv[1:] if argv is None else argv
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     for number in FORWARDED:
         signal.signal(number, lambda *_: None)
     try:
-        return run(DockerEngine(), image, int(answer_to), reader)
+        return run(DockerEngine(), json.loads(wanted), int(answer_to), reader)
     except MlfuncsError as exc:
         print(f"the run's container cannot be started: {exc}", flush=True)
         return 78
 
 
-def run(engine: DockerEngine, image: str, answer_to: int, signals: int) -> int:
+def run(engine: DockerEngine, wanted: Mapping[str, Any], answer_to: int, signals: int) -> int:
     """Start the container, pass tasks, output, answers and signals on, and return its status."""
     from mlfuncs_runtime.docker.launch import home_mark
     from mlfuncs_runtime.docker.replica import own_mark, remove_orphans
@@ -66,10 +72,11 @@ def run(engine: DockerEngine, image: str, answer_to: int, signals: int) -> int:
     settings = read_settings()
     remove_orphans(engine, home_mark(settings))
     plan = ContainerPlan(
-        image=image,
+        image=wanted["image"],
         replica=f"run-{os.getpid()}",
         folder=str(settings.home),
         user=f"{os.getuid()}:{os.getgid()}",
+        resources=Resources(**wanted["resources"]),
         environ=_environ(settings),
         labels={HOME_LABEL: home_mark(settings), OWNER_LABEL: own_mark()},
     )
@@ -81,6 +88,8 @@ def run(engine: DockerEngine, image: str, answer_to: int, signals: int) -> int:
         ):
             ended.settimeout(None)
             engine.call("POST", f"/containers/{name}/start")
+            secrets = available_secrets(wanted["secrets"], settings)
+            streams.sendall(json.dumps({"secrets": secrets}).encode() + b"\n")
             _pass_on(engine, name, streams, answer_to, signals)
             return int(read_answer(ended, "wait")["StatusCode"])
     except BaseException:
@@ -99,7 +108,7 @@ def job_body(plan: ContainerPlan) -> dict[str, Any]:
 def _environ(settings: Settings) -> dict[str, str]:
     own = settings.to_environ()
     own["MLFUNCS_ARTIFACTS_URL"] = settings.artifacts_url
-    return {name: value for name, value in own.items() if name not in ("MLFUNCS_TRUSTED_KEYS",)}
+    return {name: value for name, value in own.items() if name not in _UNSHARED}
 
 
 def _pass_on(engine: DockerEngine, name: str, streams: socket.socket, answer_to: int, signals: int) -> None:

@@ -21,6 +21,7 @@ Manifest = dict[str, Any]
 PATHS: dict[str, str] = {
     "ServiceAccount": "/api/v1/namespaces/{}/serviceaccounts",
     "Service": "/api/v1/namespaces/{}/services",
+    "ConfigMap": "/api/v1/namespaces/{}/configmaps",
     "Pod": "/api/v1/namespaces/{}/pods",
     "Event": "/api/v1/namespaces/{}/events",
     "Deployment": "/apis/apps/v1/namespaces/{}/deployments",
@@ -93,17 +94,18 @@ class Cluster:
             return []
         return str(text).splitlines()
 
-    def follow(self, pod: str) -> Iterator[str]:
-        """Every further line of a pod's function."""
+    def follow(self, pod: str, whole: bool = False) -> Iterator[str]:
+        """Every further line of a pod's function, or every line from the first, until it ends."""
         path = f"{PATHS['Pod'].format(self.namespace)}/{pod}/log"
+        query = {"follow": "true", "container": "function", **({} if whole else {"tailLines": "0"})}
         with _translated("pod log", pod):
-            answer = self._request(
-                "GET", path, {"follow": "true", "tailLines": "0", "container": "function"}, stream=True
-            )
+            answer = self._request("GET", path, query, stream=True)
             rest = b""
             for part in answer.stream(amt=None):
-                *whole, rest = (rest + part).split(b"\n")
-                yield from (line.decode("utf-8", "replace") for line in whole)
+                *lines, rest = (rest + part).split(b"\n")
+                yield from (line.decode("utf-8", "replace") for line in lines)
+            if rest:
+                yield rest.decode("utf-8", "replace")
 
     def _call(
         self, method: str, kind: str, name: str, query: Mapping[str, str] | None = None, body: Any = None

@@ -17,6 +17,7 @@ class Failure:
     reason: str
     pod: str = ""
     final: bool = True  # waiting longer would not help
+    may_pass: bool = False  # unless something else in the cluster changes: a node is added, other work ends
 
 
 def failure_of(deployment: Mapping[str, Any], pods: Sequence[Mapping[str, Any]]) -> Failure | None:
@@ -25,10 +26,32 @@ def failure_of(deployment: Mapping[str, Any], pods: Sequence[Mapping[str, Any]])
         if condition["type"] == "ReplicaFailure" and condition["status"] == "True":
             message = str(condition.get("message", ""))
             mend = "lower resources or scale, or have the quota raised" if "quota" in message else "see its events"
-            return Failure(f"no pod can be made: {message}; {mend}")
+            return Failure(f"no pod can be made: {message}; {mend}", may_pass="quota" in message)
         if condition["type"] == "Progressing" and condition.get("reason") == "ProgressDeadlineExceeded":
             return _of_pods(pods) or Failure(str(condition.get("message", "it made no progress in time")))
     return _of_pods(pods)
+
+
+def why_no_pod(events: Sequence[str]) -> Failure | None:
+    """What the events of a Job without pods say; None when there is nothing wrong yet."""
+    refused = next((event for event in reversed(events) if event.startswith("FailedCreate: ")), None)
+    if refused is None:
+        return None
+    quota = "quota" in refused
+    mend = "lower resources, or have the quota raised" if quota else "see 'kubectl describe job'"
+    return Failure(f"no pod can be made: {refused.removeprefix('FailedCreate: ')}; {mend}", may_pass=quota)
+
+
+def how_it_ended(pod: Mapping[str, Any]) -> str | None:
+    """Why a pod's function ended without having said so: memory, eviction, an exit code; None when it did not."""
+    status = pod.get("status") or {}
+    for container in status.get("containerStatuses") or ():
+        ended = _ended(container)
+        if ended:
+            return _how(ended).removeprefix(": ").strip() or "it ended"
+    if status.get("phase") == "Failed":
+        return f"{status.get('reason', 'Failed')}: {status.get('message', '')}".removesuffix(": ")
+    return None
 
 
 def _of_pods(pods: Sequence[Mapping[str, Any]]) -> Failure | None:
@@ -41,7 +64,8 @@ def _of_pod(pod: Mapping[str, Any]) -> Failure | None:
         if condition["type"] == "PodScheduled" and condition.get("reason") == "Unschedulable":
             said = condition.get("message", "")
             return Failure(
-                f"pod {name} fits on no node: {said}; lower resources, or change pod.node_selector and tolerations"
+                f"pod {name} fits on no node: {said}; lower resources, or change pod.node_selector and tolerations",
+                may_pass=True,
             )
     for container in status.get("containerStatuses") or ():
         waiting = (container.get("state") or {}).get("waiting") or {}

@@ -20,6 +20,7 @@ from mlfuncs_runtime.manifests.workload import (
     labels,
     metadata,
     placement,
+    pod_security,
     volumes,
 )
 
@@ -82,7 +83,7 @@ def _deployment(workload: Workload, options: KubernetesOptions) -> dict[str, Any
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
         "terminationGracePeriodSeconds": PRE_STOP_S + math.ceil(workload.drain_s) + 1,
-        "securityContext": {"runAsNonRoot": True, "fsGroup": 10001, "seccompProfile": {"type": "RuntimeDefault"}},
+        "securityContext": pod_security(),
         **placement(workload),
         "containers": [main],
         "volumes": volumes(workload),

@@ -13,7 +13,7 @@ from mlfuncs_runtime.manifests.workload import MANAGER
 _WRITE = ["create", "delete", "get", "list", "patch", "update", "watch"]
 _READ = ["get", "list", "watch"]
 _RULES: tuple[tuple[str, list[str], list[str]], ...] = (
-    ("", ["services", "serviceaccounts"], _WRITE),
+    ("", ["services", "serviceaccounts", "configmaps"], _WRITE),
     ("", ["pods", "pods/log", "events"], _READ),
     ("apps", ["deployments"], _WRITE),
     ("autoscaling", ["horizontalpodautoscalers"], _WRITE),

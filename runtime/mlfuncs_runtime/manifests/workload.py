@@ -75,21 +75,31 @@ def container(workload: Workload) -> dict[str, Any]:
         "ports": [{"containerPort": PORT, "name": "http1"}],
         "env": environment(workload),
         "resources": resources(workload.spec),
-        "securityContext": {
-            "allowPrivilegeEscalation": False,
-            "capabilities": {"drop": ["ALL"]},
-            "readOnlyRootFilesystem": True,
-            "runAsNonRoot": True,
-            "runAsUser": USER,
-            "seccompProfile": {"type": "RuntimeDefault"},
-        },
-        "volumeMounts": [{"name": name, "mountPath": path, **extra} for name, path, extra, _ in _volumes(workload)],
+        "securityContext": security(),
+        "volumeMounts": mounts(workload),
     }
     ready = {"path": READY_PATH, "port": PORT}
     live = {"path": LIVE_PATH, "port": PORT}
     made["readinessProbe"] = {"httpGet": ready, "periodSeconds": 2, "failureThreshold": 3}
     made["livenessProbe"] = {"httpGet": live, "periodSeconds": 10, "failureThreshold": 3, "timeoutSeconds": 5}
     return made
+
+
+def security() -> dict[str, Any]:
+    """A container's part of the restricted standard."""
+    return {
+        "allowPrivilegeEscalation": False,
+        "capabilities": {"drop": ["ALL"]},
+        "readOnlyRootFilesystem": True,
+        "runAsNonRoot": True,
+        "runAsUser": USER,
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }
+
+
+def pod_security() -> dict[str, Any]:
+    """A pod's part of it; volumes belong to the group of the image's user."""
+    return {"runAsNonRoot": True, "fsGroup": USER, "seccompProfile": {"type": "RuntimeDefault"}}
 
 
 def environment(workload: Workload) -> list[dict[str, str]]:
@@ -121,6 +131,11 @@ def resources(spec: FunctionSpec) -> dict[str, Any]:
 def volumes(workload: Workload) -> list[dict[str, Any]]:
     """The pod's volumes: a writable /tmp, the secrets, and the user's own."""
     return [{"name": name, **source} for name, _, _, source in _volumes(workload)]
+
+
+def mounts(workload: Workload) -> list[dict[str, Any]]:
+    """Where the container sees those volumes."""
+    return [{"name": name, "mountPath": path, **extra} for name, path, extra, _ in _volumes(workload)]
 
 
 def placement(workload: Workload) -> dict[str, Any]:
