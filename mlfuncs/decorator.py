@@ -169,6 +169,7 @@ def function(
     env: Mapping[str, str] | None = None,
     secrets: Sequence[str] = (),
     features: Sequence[str] = (),
+    feature_sample_rate: float = 0.0,
     labels: Mapping[str, str] | None = None,
     pod: Pod | None = None,
     triggers: Sequence[Trigger] = (),

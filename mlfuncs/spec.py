@@ -160,6 +160,7 @@ class FunctionSpec:
     env: Mapping[str, str] = field(default_factory=dict)
     secrets: tuple[str, ...] = ()
     features: tuple[str, ...] = ()  # online features the handler receives; the caller sends entity keys
+    feature_sample_rate: float = 0.0  # share of served vectors kept for the skew check, 0 to 1
     labels: Mapping[str, str] = field(default_factory=dict)
     pod: Pod = field(default_factory=Pod)
     triggers: tuple[Trigger, ...] = ()  # what calls the endpoint besides HTTP
@@ -171,6 +172,8 @@ class FunctionSpec:
             self.timeout_s > 0 and math.isfinite(self.timeout_s),
             f"timeout_s must be above 0 seconds and finite, not {self.timeout_s!r}",
         )
+        rate = self.feature_sample_rate
+        _require(0 <= rate <= 1, f"feature_sample_rate is the share of served vectors to keep, 0 to 1, not {rate!r}")
         _require(self.retries >= 0, f"retries must be 0 or more, not {self.retries!r}")
         for key, value in self.env.items():
             _require(bool(_ENV_NAME.fullmatch(key)), f"env name {key!r} is not an environment variable name")
@@ -196,10 +199,13 @@ class FunctionSpec:
     def to_dict(self) -> dict[str, Any]:
         """The spec as JSON-ready values; `from_dict` gives an equal spec back.
 
-        Without triggers there is no such key: the digests of functions that have none do not depend on it.
+        Without triggers or a sample rate there is no such key: the digests of functions that have none do not depend on
+        them.
         """
         values = dataclasses.asdict(dataclasses.replace(self, triggers=()))
         del values["triggers"]
+        if not self.feature_sample_rate:
+            del values["feature_sample_rate"]
         if self.triggers:
             values["triggers"] = [trigger_to_dict(trigger) for trigger in self.triggers]
         return values | {

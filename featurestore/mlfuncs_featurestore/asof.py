@@ -49,6 +49,7 @@ class BucketJoin:
     keys: pa.Table
     at_us: np.ndarray
     rows: np.ndarray
+    arrived_us: int | None = None  # rows ingested later than this do not count
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ class _History:
         """Per moment, the number of the winning row (-1: none) and its event time."""
         best = np.full((4, len(moments.at_us)), -1, np.int64)
         for first_ref, rows in self._rows([]):
-            ids = self.entities.find(rows, list(self.work.view.keys))
+            ids = self._ids(rows)
             event, created, ingest = self._times(rows)
             aware = self.work.aware
             kernels.note(ids, event, created, ingest, aware, first_ref, moments.starts, moments.at_us, best)
@@ -164,7 +165,7 @@ class _History:
         pieces: list[tuple[Any, ...]] = []
         tables = []
         for first_ref, rows in self._rows(list(dict.fromkeys(extra))):
-            ids = self.entities.find(rows, list(view.keys))
+            ids = self._ids(rows)
             chosen = np.flatnonzero(ids >= 0)
             times = self._times(rows)
             refs = first_ref + chosen
@@ -201,6 +202,13 @@ class _History:
             for rows in self.work.snapshot.batches(file, columns, types):
                 yield first_ref, rows
                 first_ref += rows.num_rows
+
+    def _ids(self, rows: pa.Table) -> np.ndarray:
+        """The spine's entity of each row, -1 for none."""
+        ids = self.entities.find(rows, list(self.work.view.keys))
+        if self.work.arrived_us is None:
+            return ids
+        return np.where(int64s(rows[INGEST]) > self.work.arrived_us * 1000, -1, ids)
 
     def _times(self, rows: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         view = self.work.view

@@ -138,9 +138,17 @@ def get_historical_features(
 
 
 def join(
-    store: FeatureStore, spine: Any, selection: Selection, options: HistoryOptions, empty: Sequence[str] = ()
+    store: FeatureStore,
+    spine: Any,
+    selection: Selection,
+    options: HistoryOptions,
+    empty: Sequence[str] = (),
+    arrived_us: int | None = None,
 ) -> HistoricalFeatures:
-    """The join of a resolved selection; views in `empty` had no table then."""
+    """The join of a resolved selection; views in `empty` had no table then.
+
+    `arrived_us`: rows that were ingested or pushed after that moment do not count.
+    """
     rows = Spine.read(spine, options.timestamp)
     unknown = set(options.versions) - set(selection.views)
     if unknown:
@@ -156,7 +164,7 @@ def join(
     columns: dict[tuple[str, str], pa.Array] = {}
     statuses: dict[tuple[str, str], np.ndarray] = {}
     for name, wanted in selection.stored.items():
-        found, status = _join_view(rows, views[name], snapshots[name], wanted, options)
+        found, status = _join_view(rows, views[name], snapshots[name], wanted, options, arrived_us)
         columns.update({(name, feature): array for feature, array in found.items()})
         statuses.update({(name, feature): status for feature in wanted})
     _add_on_demand(store, rows, selection, columns, statuses)
@@ -170,7 +178,12 @@ def join(
 
 
 def _join_view(
-    spine: Spine, view: FeatureView, snapshot: Snapshot, wanted: tuple[str, ...], options: HistoryOptions
+    spine: Spine,
+    view: FeatureView,
+    snapshot: Snapshot,
+    wanted: tuple[str, ...],
+    options: HistoryOptions,
+    arrived_us: int | None,
 ) -> tuple[dict[str, pa.Array], np.ndarray]:
     """The view's columns for all spine rows, in spine order, and the status of each row."""
     keys, buckets, rows = spine.entities(view)
@@ -184,7 +197,8 @@ def _join_view(
             part = dataclasses.replace(snapshot, files=files[bucket])
             mine = rows[chosen]
             taken = keys.take(pa.array(chosen))
-            works.append(BucketJoin(view, part, wanted, options.use_created, taken, spine.at_us[mine], mine))
+            aware = options.use_created
+            works.append(BucketJoin(view, part, wanted, aware, taken, spine.at_us[mine], mine, arrived_us))
     results = _run(works, options)
     status = np.full(spine.table.num_rows, NOT_FOUND, np.uint8)
     for result in results:

@@ -76,13 +76,17 @@ class OnlineFeatures:
         Raises InvalidInput when a feature is no number, or when a missing cell or an integer beyond 2**53 beside
         floats has no place in the array: take `to_arrow` then.
         """
+        whole = self._whole
+        return _as_matrix(self.to_arrow().select(self.names)) if whole is None else whole
+
+    @cached_property
+    def _whole(self) -> np.ndarray | None:
+        """The features as one array when every cell is PRESENT and of one type; None when that takes decoding."""
         only = self._plan.only
-        if only is not None and only.matrix is not None and not self.fell_back:
-            ttl = only.view.ttl_us
-            values = only.matrix.read(self._rows, None if ttl is None else self.at_us - ttl)
-            if values is not None:
-                return values
-        return _as_matrix(self.to_arrow().select(self.names))
+        if only is None or only.matrix is None or self.fell_back:
+            return None
+        ttl = only.view.ttl_us
+        return only.matrix.read(self._rows, None if ttl is None else self.at_us - ttl)
 
     def to_arrow(self) -> pa.Table:
         """The entity columns that were given, then the features with their exact types; not PRESENT is null."""
@@ -117,6 +121,14 @@ class OnlineFeatures:
     def statuses(self) -> dict[str, list[str]]:
         """PRESENT, NULL, NOT_FOUND or EXPIRED per feature and row."""
         return {name: [STATUSES[code] for code in codes] for name, codes in self._decoded[1].items()}
+
+    def counts(self) -> dict[str, int]:
+        """How many cells have each status; nothing is decoded for it when all are PRESENT and of one type."""
+        if "_decoded" not in self.__dict__ and self._whole is not None:
+            return {"PRESENT": self._whole.size}
+        codes = list(self._decoded[1].values())
+        found = np.bincount(np.concatenate(codes), minlength=len(STATUSES)).tolist() if codes else []
+        return {status: count for status, count in zip(STATUSES, found, strict=False) if count}
 
     @property
     def event_us(self) -> dict[str, np.ndarray]:

@@ -92,13 +92,19 @@ def make_app(store: FeatureStore, sample_rate: float = 0.0) -> FastAPI:
             raise InvalidInput("name either features or a feature_service")
         wanted: Any = request.feature_service or request.features
         names = {"full_feature_names": request.full_feature_names}
-        found = store.get_online_features(wanted, _keys(store, wanted, request.entities), **names)
+        begun = time.perf_counter()
+        try:
+            found = store.get_online_features(wanted, _keys(store, wanted, request.entities), **names)
+            answer = answer_of(found)
+        except MlfuncsError:
+            metrics.reads.failed()
+            raise
+        metrics.reads.read(time.perf_counter() - begun, found.counts())
         if sample_rate:
             from mlfuncs_featurestore.skew import sample
 
             sample(store, found, sample_rate)
-        metrics.served(found.statuses)
-        return _json(answer_of(found))
+        return _json(answer)
 
     @app.post("/push")
     def push(request: PushRequest) -> Response:

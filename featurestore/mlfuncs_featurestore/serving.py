@@ -16,12 +16,14 @@ from __future__ import annotations
 import asyncio
 import datetime
 import inspect
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Union, get_args, get_origin
 
-from mlfuncs.errors import SpecError
+from mlfuncs.errors import MlfuncsError, SpecError
 from mlfuncs.settings import Settings
+from mlfuncs_featurestore.online_metrics import ReadMetrics
 from mlfuncs_featurestore.online_result import OnlineFeatures
 from mlfuncs_featurestore.store import FeatureStore
 
@@ -37,6 +39,7 @@ class FeatureReader:
 
     def __init__(self, features: Sequence[str], settings: Settings, sample_rate: float = 0.0) -> None:
         self.features, self.sample_rate = list(features), sample_rate
+        self.metrics = ReadMetrics()
         self.store = FeatureStore(settings)
 
     @cached_property
@@ -115,6 +118,16 @@ class _Filling:
 
     def fill(self, values: dict[str, Any]) -> dict[str, Any]:
         """The handler's arguments from what the caller sent."""
+        begun = time.perf_counter()
+        try:
+            found, arguments = self._read(values)
+        except MlfuncsError:
+            self.reader.metrics.failed()
+            raise
+        self.reader.metrics.read(time.perf_counter() - begun, found.counts())
+        return arguments
+
+    def _read(self, values: Mapping[str, Any]) -> tuple[OnlineFeatures, dict[str, Any]]:
         inputs = self.reader.inputs
         entities = {name: values[name] if self.many else [values[name]] for name in inputs}
         found = self.reader.read(entities)
@@ -124,7 +137,7 @@ class _Filling:
             arguments[name] = _as_hinted(columns[name], self.hints.get(name)) if self.many else columns[name][0]
         if ALL in self.hints or self.rest:
             arguments[ALL] = self._all(found, columns)
-        return arguments
+        return found, arguments
 
     def _all(self, found: OnlineFeatures, columns: Mapping[str, list[Any]]) -> Any:
         hint = self.hints.get(ALL)

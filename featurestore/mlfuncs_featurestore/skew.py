@@ -1,8 +1,9 @@
 """Skew: whether served vectors are those that training would have seen.
 
 Owns: the log of sampled served vectors (home/features/<project>/.served), and the check that replays it through the
-point-in-time join at the moments of serving. A difference is a fault, or a row that arrived after it was asked for with
-an event time before: training sees such a row, serving did not.
+point-in-time join at the moments of serving. A difference is a fault; a row that arrived after it was asked for, with
+an event time before, is not: training sees such a row, serving could not. Those are told apart by the place of rows in
+the order of ingest, which is a clock, and counted as late.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from mlfuncs.settings import ensure_home
+from mlfuncs_featurestore.history import HistoryOptions, join
 from mlfuncs_featurestore.online_result import OnlineFeatures
+from mlfuncs_featurestore.push import flush_waiting
 from mlfuncs_featurestore.pushlog_records import framed, read_records
 from mlfuncs_featurestore.quality import oldest_scalar
+from mlfuncs_featurestore.references import select
 from mlfuncs_featurestore.rows import to_us
 from mlfuncs_featurestore.verify import Comparison, add, differences
 
@@ -58,10 +62,14 @@ def sample(store: FeatureStore, found: OnlineFeatures, rate: float, draw: float 
 def check_skew(
     store: FeatureStore, *, since: datetime.datetime | None = None, until: datetime.datetime | None = None
 ) -> Comparison:
-    """Replay the vectors served in [since, until] through the join and compare every cell, value and status."""
+    """Replay the vectors served in [since, until] through the join and compare every cell, value and status.
+
+    Differences that only rows explain which arrived after serving are counted apart, as late.
+    """
     low = -(2**63) if since is None else to_us(since)
     high = 2**63 - 1 if until is None else to_us(until)
     total = Comparison(0, 0, 0, ())
+    flush_waiting(store)
     for served in read_served(store):
         if low <= served.at_us <= high:
             total = add(total, _replay(store, served))
@@ -87,15 +95,19 @@ def _replay(store: FeatureStore, served: Served) -> Comparison:
     given = [name for name in served.rows.column_names if name not in (*names, *statuses)]
     spine = served.rows.select(given)
     spine = spine.append_column("__at", pa.repeat(oldest_scalar(served.at_us), spine.num_rows))
-    found = store.get_historical_features(
-        spine, list(served.references.values()), timestamp="__at", full_feature_names=True, status=True
-    ).features
-    theirs: dict[str, Any] = {}
-    for name, reference in served.references.items():
-        full = reference.replace(":", "__")
-        theirs[name], theirs[f"{name}__status"] = found[full], found[f"{full}__status"]
+    selection = select(store.catalog, list(served.references.values()))
+    options = HistoryOptions(timestamp="__at", full_feature_names=True, status=True)
+
+    def joined(arrived_us: int | None) -> pa.Table:
+        found = join(store, spine, selection, options, arrived_us=arrived_us).features
+        theirs: dict[str, Any] = {}
+        for name, reference in served.references.items():
+            full = reference.replace(":", "__")
+            theirs[name], theirs[f"{name}__status"] = found[full], found[f"{full}__status"]
+        return pa.table(theirs)
+
     columns = {name: (served.rows[name].combine_chunks(), served.rows[f"{name}__status"].to_pylist()) for name in names}
-    return differences(spine, given, columns, pa.table(theirs))
+    return differences(spine, given, columns, joined(None), lambda: joined(served.at_us))
 
 
 def _folder(store: FeatureStore) -> Path:

@@ -6,7 +6,7 @@ Owns: `verify` and the comparison of two sets of feature columns, which the skew
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -49,12 +49,17 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How many entities and cells were compared, how many cells differ, and the first LISTED of those."""
+    """How many entities and cells were compared, how many cells differ, and the first LISTED of those.
+
+    `late` cells differ only by rows that arrived after they were served; they are no fault, and not in `different`.
+    """
 
     entities: int
     cells: int
     different: int
     differences: tuple[Difference, ...]
+    late: int = 0
+    late_differences: tuple[Difference, ...] = ()
 
     @property
     def is_equal(self) -> bool:
@@ -63,7 +68,9 @@ class Comparison:
 
     def __str__(self) -> str:
         head = f"{self.different} of {self.cells} cells of {self.entities} entities differ"
-        return "\n  ".join([head, *map(str, self.differences[:20])])
+        head += f", {self.late} more by rows that arrived later" if self.late else ""
+        late = [f"late: {one}" for one in self.late_differences[:20]]
+        return "\n  ".join([head, *map(str, self.differences[:20]), *late])
 
 
 def verify(
@@ -131,24 +138,41 @@ def _feature_columns(online: Any) -> dict[str, pa.Array]:
 
 
 def differences(
-    spine: pa.Table, keys: Sequence[str], served: Mapping[str, tuple[pa.Array, Sequence[str]]], offline: pa.Table
+    spine: pa.Table,
+    keys: Sequence[str],
+    served: Mapping[str, tuple[pa.Array, Sequence[str]]],
+    offline: pa.Table,
+    arrived: Callable[[], pa.Table] | None = None,
 ) -> Comparison:
-    """Compare served columns with offline ones (which have a `<name>__status` beside), row by row of the spine."""
+    """Compare served columns with offline ones (which have a `<name>__status` beside), row by row of the spine.
+
+    `arrived` gives the offline columns without the rows that arrived after serving: who is equal to those is late.
+    """
+    unequal = {name: _unequal_cells(served[name], offline, name) for name in served}
+    late = {name: np.zeros(spine.num_rows, bool) for name in served}
+    if arrived is not None and any(mask.any() for mask in unequal.values()):
+        known = arrived()
+        late = {name: mask & ~_unequal_cells(served[name], known, name) for name, mask in unequal.items()}
     found: list[Difference] = []
-    different = 0
+    later: list[Difference] = []
     for name, (column, statuses) in served.items():
-        theirs = offline[name].combine_chunks()
-        their_statuses = offline[f"{name}__status"].combine_chunks()
-        unequal = _unequal(column, theirs)
-        unequal |= np.array(statuses, object) != np.array(their_statuses.to_pylist(), object)
-        places = np.flatnonzero(unequal).tolist()
-        different += len(places)
-        for place in places[: max(0, LISTED - len(found))]:
-            entity = {key: spine[key][place].as_py() for key in keys}
-            at_us = spine["__at"][place].cast(pa.int64()).as_py()
-            mine, other = column[place].as_py(), theirs[place].as_py()
-            found.append(Difference(entity, at_us, name, mine, other, statuses[place], their_statuses[place].as_py()))
-    return Comparison(spine.num_rows, spine.num_rows * len(served), different, tuple(found))
+        theirs, their_statuses = offline[name].combine_chunks(), offline[f"{name}__status"].combine_chunks()
+        for places, listed in ((unequal[name] & ~late[name], found), (late[name], later)):
+            for place in np.flatnonzero(places).tolist()[: max(0, LISTED - len(listed))]:
+                entity = {key: spine[key][place].as_py() for key in keys}
+                at_us = spine["__at"][place].cast(pa.int64()).as_py()
+                mine, other = column[place].as_py(), theirs[place].as_py()
+                status = their_statuses[place].as_py()
+                listed.append(Difference(entity, at_us, name, mine, other, statuses[place], status))
+    counts = [sum(int(mask.sum()) for mask in masks.values()) for masks in (unequal, late)]
+    cells = spine.num_rows * len(served)
+    return Comparison(spine.num_rows, cells, counts[0] - counts[1], tuple(found), counts[1], tuple(later))
+
+
+def _unequal_cells(served: tuple[pa.Array, Sequence[str]], offline: pa.Table, name: str) -> np.ndarray:
+    """Which rows differ, in value or in status."""
+    unequal = _unequal(served[0], offline[name].combine_chunks())
+    return unequal | (np.array(served[1], object) != np.array(offline[f"{name}__status"].to_pylist(), object))
 
 
 def _unequal(left: pa.Array, right: pa.Array) -> np.ndarray:
@@ -178,5 +202,11 @@ def _same(left: Any, right: Any) -> bool:
 
 def add(one: Comparison, other: Comparison) -> Comparison:
     """Two comparisons as one."""
-    listed = (*one.differences, *other.differences)[:LISTED]
-    return Comparison(one.entities + other.entities, one.cells + other.cells, one.different + other.different, listed)
+    return Comparison(
+        one.entities + other.entities,
+        one.cells + other.cells,
+        one.different + other.different,
+        (*one.differences, *other.differences)[:LISTED],
+        one.late + other.late,
+        (*one.late_differences, *other.late_differences)[:LISTED],
+    )

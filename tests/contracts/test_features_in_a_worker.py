@@ -18,6 +18,7 @@ from mlfuncs.bundles.bundle import build_bundle
 from mlfuncs.settings import Settings
 from mlfuncs_featurestore import Aggregation, Entity, FeatureStore, FeatureView
 from mlfuncs_featurestore.redis_embedded import stop_embedded
+from mlfuncs_featurestore.skew import check_skew
 from mlfuncs_runtime.worker.config import WorkerConfig
 
 ROOT = Path(__file__).parents[2]
@@ -57,7 +58,9 @@ def test_a_worker_reads_the_features_of_its_callers_keys(tmp_path):
     store.push("spend", [{"user_id": 7, "event_timestamp": now, "amount": amount} for amount in (2.0, 4.0)])
     bundle = build_bundle(share.target, share.spec, settings)
     path = str(tmp_path / "w.sock")
-    config = WorkerConfig("share", "shop", "rev-1", bundle.digest, socket=path, features=FEATURES)
+    config = WorkerConfig(
+        "share", "shop", "rev-1", bundle.digest, socket=path, features=FEATURES, feature_sample_rate=1.0
+    )
     (tmp_path / "worker.json").write_text(json.dumps(config.to_dict()))
     environ = {**os.environ, **settings.to_environ()}
     environ["PYTHONPATH"] = os.pathsep.join(str(ROOT / part) for part in ("", "runtime", "featurestore"))
@@ -74,6 +77,13 @@ def test_a_worker_reads_the_features_of_its_callers_keys(tmp_path):
         assert status == 422 and b"user_id" in answer
         schema = json.loads(ask(path, "GET", "/openapi.json")[1])
         assert "user_id" in json.dumps(schema) and "amount_sum_1h" not in json.dumps(schema)
+        metrics = ask(path, "GET", "/-/metrics")[1].decode()
+        labels = 'endpoint="share",revision="rev-1",replica=""'
+        assert f'mlfuncs_features_cells_total{{{labels},status="PRESENT"}} 2' in metrics
+        assert f'mlfuncs_features_cells_total{{{labels},status="NOT_FOUND"}} 2' in metrics
+        assert f"mlfuncs_features_read_duration_seconds_count{{{labels}}} 2" in metrics
+        checked = check_skew(store)  # every served vector was kept
+        assert checked.cells == 4 and checked.is_equal, str(checked)
     finally:
         process.kill()
         process.wait(10)

@@ -16,6 +16,7 @@ from fastapi.testclient import TestClient
 from mlfuncs.errors import InvalidInput, NotFound, SpecError, Unauthorized, Unavailable
 from mlfuncs.interface.signature import Signature
 from mlfuncs.settings import Settings
+from mlfuncs.spec import FunctionSpec
 from mlfuncs_featurestore import Aggregation, Entity, FeatureService, FeatureStore, FeatureView, feature_view, on_demand
 from mlfuncs_featurestore.cli import features as command
 from mlfuncs_featurestore.online_client import FeatureClient
@@ -133,6 +134,7 @@ def test_the_server_pushes_and_says_what_is_wrong(client):
         assert refused.status_code == status and refused.headers["content-type"] == "application/problem+json"
     assert 'code="404"} 1' in client.get("/metrics").text
     assert 'mlfuncs_features_cells_total{status="PRESENT"} 1' in client.get("/metrics").text
+    assert "mlfuncs_features_read_duration_seconds_count 1" in client.get("/metrics").text
 
 
 def test_every_route_but_health_needs_the_token(store):
@@ -251,9 +253,44 @@ def test_served_vectors_are_those_of_training_and_skew_is_found(store):
     assert checked.is_equal and checked.entities == 2 and checked.cells == 4
     late = now() - datetime.timedelta(minutes=5)
     store.push("spend", {"user_id": 2, "event_timestamp": late, "amount": 4.0, "merchant": "m"})
+    checked = check_skew(store)  # a row that came after it was asked for is late, not a fault
+    assert checked.is_equal and checked.late == 1 and checked.late_differences[0].feature == "amount_sum_1h"
+    assert "late: amount_sum_1h of user_id=2" in str(checked) and "offline 4.0" in str(checked)
+    store.ingest("spend", [{"user_id": 1, "event_timestamp": late, "amount": 9.0, "merchant": "m"}])
+    found = store.get_online_features(["spend:amount_sum_1h"], {"user_id": [1]})  # not materialized yet: a fault
+    assert sample(store, found, 1.0)
     checked = check_skew(store)
-    assert checked.different == 1 and checked.differences[0].feature == "amount_sum_1h"
-    assert "user_id=2" in str(checked.differences[0]) and "offline 4.0" in str(checked)
+    assert (checked.different, checked.late) == (1, 2) and checked.differences[0].offline == 17.0
+
+
+def test_a_function_says_which_share_of_its_vectors_is_kept(store):
+    spec = FunctionSpec("score", features=["profile:city"], feature_sample_rate=1.0)
+    assert FunctionSpec.from_dict(spec.to_dict()) == spec
+    assert "feature_sample_rate" not in FunctionSpec("score").to_dict()  # digests of others stay as they were
+    with pytest.raises(SpecError, match="0 to 1, not 2"):
+        FunctionSpec("score", feature_sample_rate=2)
+    reader = FeatureReader(["profile:city"], store.settings, spec.feature_sample_rate)
+    assert reader.bind(lambda city: city)(user_id=1) == "NaN"
+    assert check_skew(store).cells == 1
+
+
+def test_reads_are_counted_by_status_and_time(store):
+    reader = FeatureReader(["profile:city", "profile:amount"], store.settings)
+    bound = reader.bind(lambda city, amount: city)
+    for user in (1, 1, 2):
+        bound(user_id=user)
+    lines = reader.metrics.lines('endpoint="e"')
+    assert 'mlfuncs_features_cells_total{endpoint="e",status="PRESENT"} 4' in lines
+    assert 'mlfuncs_features_cells_total{endpoint="e",status="NOT_FOUND"} 2' in lines
+    assert 'mlfuncs_features_read_duration_seconds_count{endpoint="e"} 3' in lines
+    assert 'mlfuncs_features_failed_reads_total{endpoint="e"} 0' in lines
+    whole = store.get_online_features(["spend:amount_sum_1h", "profile:amount"], {"user_id": [1, 9]})
+    assert whole.counts() == {"PRESENT": 2, "NOT_FOUND": 2}
+    away = Settings(home=store.settings.home, project="shop", redis_url="redis://127.0.0.1:1/0")
+    lost = FeatureReader(["profile:city"], away)
+    with pytest.raises(Unavailable):
+        lost.bind(lambda city: city)(user_id=1)
+    assert "mlfuncs_features_failed_reads_total 1" in lost.metrics.lines()
 
 
 def test_commands_print_json(store, tmp_path, monkeypatch):

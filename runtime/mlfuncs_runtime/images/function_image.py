@@ -100,6 +100,7 @@ def worker_config(function: ImageFunction, project: str, revision: str = "") -> 
         env=dict(spec.env),
         secrets=spec.secrets,
         features=spec.features,
+        feature_sample_rate=spec.feature_sample_rate,
         timeout_s=spec.timeout_s,
         drain_s=min(spec.timeout_s, _MOST_DRAIN_S),
         batch=spec.batch,

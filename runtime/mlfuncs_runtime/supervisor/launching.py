@@ -48,6 +48,7 @@ def worker_config(plan: EndpointPlan, revision: str, log_path: str) -> WorkerCon
         env=dict(spec.env),
         secrets=spec.secrets,
         features=spec.features,
+        feature_sample_rate=spec.feature_sample_rate,
         timeout_s=spec.timeout_s,
         drain_s=min(spec.timeout_s, _MOST_DRAIN_S),
         batch=spec.batch,

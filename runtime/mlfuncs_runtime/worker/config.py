@@ -27,6 +27,7 @@ class WorkerConfig:
     env: Mapping[str, str] = field(default_factory=dict)
     secrets: tuple[str, ...] = ()
     features: tuple[str, ...] = ()
+    feature_sample_rate: float = 0.0
     timeout_s: float = 60.0
     drain_s: float = 30.0  # how long requests in flight may take after SIGTERM
     stuck_grace_s: float = 5.0  # how long a handler past its timeout may take before the process gives up

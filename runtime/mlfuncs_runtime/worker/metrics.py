@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 # Prometheus' client defaults, with finer steps below 5 ms: handlers of tens of microseconds are common here
 DURATION_BOUNDS_S = (
@@ -66,6 +66,7 @@ class WorkerMetrics:
         self.durations = Histogram(DURATION_BOUNDS_S)
         self.batch_rows = Histogram(BATCH_BOUNDS)
         self.cold_start_s: float | None = None
+        self.parts: list[Callable[[str], list[str]]] = []  # more lines, for the labels: what others count here
 
     def observe(self, status: int, seconds: float) -> None:
         """Count one answered request."""
@@ -92,6 +93,8 @@ class WorkerMetrics:
         self._gauge(out, "process_resident_memory_bytes", "Resident memory.", _resident_bytes())
         cpu = time.process_time()
         _family(out, "process_cpu_seconds_total", "counter", "CPU time of this process.", [(self.labels, cpu)])
+        for part in self.parts:
+            out += part(self.labels)
         return ("\n".join(out) + "\n").encode()
 
     def _gauge(self, out: list[str], name: str, help_text: str, value: float) -> None:

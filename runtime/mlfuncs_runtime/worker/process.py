@@ -86,9 +86,9 @@ def load_app(config: WorkerConfig, settings: Settings) -> WorkerApp:
     from mlfuncs_runtime.worker.handlers import make_handler
     from mlfuncs_runtime.worker.invocation import AppOptions
 
-    target = open_bundle(config.bundle, settings).load()
+    target, reader = open_bundle(config.bundle, settings).load(), None
     if config.features:  # callers send entity keys, the handler receives features
-        reader = adapters.load("features:reader")(config.features, settings)
+        reader = adapters.load("features:reader")(config.features, settings, config.feature_sample_rate)
         reader.warm()
         target = reader.bind(target)
     values: dict[str, Any] = {}
@@ -109,6 +109,8 @@ def load_app(config: WorkerConfig, settings: Settings) -> WorkerApp:
         otel_endpoint=settings.otel_endpoint,
     )
     app = WorkerApp(handler, options)
+    if reader is not None:
+        app.metrics.parts.append(reader.metrics.lines)
     if (pending := handler.warm()) is not None:
         app.starting.append(pending)
     return app
