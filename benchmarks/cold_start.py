@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +62,15 @@ def train() -> Any:
     return make_pipeline(StandardScaler(), LogisticRegression(max_iter=500)).fit(data.data, data.target)
 
 
-class _Unix(http.client.HTTPConnection):
+class Unix(http.client.HTTPConnection):
+    """HTTP over a Unix socket."""
+
     def __init__(self, path: str) -> None:
         super().__init__("worker", timeout=10)
         self._path = path
 
     def connect(self) -> None:
+        """Connect to the socket's path."""
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.connect(self._path)
 
@@ -76,7 +79,7 @@ def predict_when_ready(path: str, timeout_s: float = 60) -> None:
     """Return once the worker at `path` has answered a prediction."""
     end = time.monotonic() + timeout_s
     while time.monotonic() < end:
-        with contextlib.suppress(OSError), contextlib.closing(_Unix(path)) as connection:
+        with contextlib.suppress(OSError), contextlib.closing(Unix(path)) as connection:
             connection.request("POST", "/", BODY, {"Content-Type": "application/json"})
             answer = connection.getresponse()
             if answer.status == 200:
@@ -113,12 +116,56 @@ def timed(count: int, start: Callable[[int], tuple[str, int]]) -> tuple[list[flo
     return times, memory
 
 
-def main() -> None:
-    """Run the benchmark and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--forks", type=int, default=30)
-    parser.add_argument("--spawns", type=int, default=3)
-    options = parser.parse_args()
+class Workers:
+    """Starts workers of one revision in a folder, by fork from its zygote or by spawn; `stop` ends them all."""
+
+    def __init__(self, folder: Path, config: WorkerConfig, environ: dict[str, str]) -> None:
+        self._folder, self._config, self._environ = folder, config, environ
+        self._children: list[subprocess.Popen[bytes]] = []
+        self._forked: list[int] = []
+        self._control = str(folder / "z.sock")
+
+    def start_zygote(self) -> int:
+        """Start the zygote, wait until it has loaded the bundle, and give its pid."""
+        zygote = self._launch("zygote", self._config.to_dict(), "zygote", "--control", self._control)
+        while not os.path.exists(self._control):
+            if zygote.poll() is not None:
+                raise RuntimeError((self._folder / "log").read_text())
+            time.sleep(0.01)
+        return zygote.pid
+
+    def spawn(self, number: int) -> tuple[str, int]:
+        """Socket and pid of a worker that loads the bundle itself."""
+        path = str(self._folder / f"s{number}.sock")
+        return path, self._launch("process", self._config.to_dict() | {"socket": path}, f"s{number}").pid
+
+    def fork(self, number: int) -> tuple[str, int]:
+        """Socket and pid of a worker forked from the zygote."""
+        path = str(self._folder / f"f{number}.sock")
+        message = {"op": "fork", "replica": f"f{number}", "socket": path, "requested_at": time.monotonic()}
+        self._forked.append(order(self._control, message)["pid"])
+        return path, self._forked[-1]
+
+    def stop(self) -> None:
+        """End every process that was started here."""
+        for pid in self._forked:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for child in self._children:
+            child.kill()
+            child.wait()
+
+    def _launch(self, module: str, values: dict[str, Any], label: str, *arguments: str) -> subprocess.Popen[bytes]:
+        path = self._folder / f"{label}.json"
+        path.write_text(json.dumps(values | {"log_path": str(self._folder / "log")}))
+        command = [sys.executable, "-m", f"mlfuncs_runtime.worker.{module}", "--config", str(path), *arguments]
+        self._children.append(subprocess.Popen(command, env=self._environ, cwd=self._folder))
+        return self._children[-1]
+
+
+@contextlib.contextmanager
+def prepared() -> Iterator[Workers]:
+    """The model trained and bundled in a home of its own."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         settings = Settings(home=folder / "home", project="bench")
@@ -126,45 +173,22 @@ def main() -> None:
         bundle = build_bundle(function.target, function.spec, settings)
         model = ArtifactStore.open(settings).put(train()).to_dict()
         config = WorkerConfig("cold", "bench", "rev-1", bundle.digest, init_args={"model": model})
-        environ = {**os.environ, **settings.to_environ()}
-        print_table(*measure(folder, config, environ, options.forks, options.spawns))
+        workers = Workers(folder, config, {**os.environ, **settings.to_environ()})
+        try:
+            yield workers
+        finally:
+            workers.stop()
 
 
-def measure(folder: Path, config: WorkerConfig, environ: dict[str, str], forks: int, spawns: int) -> Any:
-    """The two measurements: (times, memory) by fork and by spawn."""
-
-    def launch(module: str, values: dict[str, Any], label: str, *arguments: str) -> subprocess.Popen[bytes]:
-        path = folder / f"{label}.json"
-        path.write_text(json.dumps(values | {"log_path": str(folder / "log")}))
-        command = [sys.executable, "-m", f"mlfuncs_runtime.worker.{module}", "--config", str(path), *arguments]
-        return subprocess.Popen(command, env=environ, cwd=folder)
-
-    children: list[subprocess.Popen[bytes]] = []
-
-    def spawn(number: int) -> tuple[str, int]:
-        path = str(folder / f"s{number}.sock")
-        children.append(launch("process", config.to_dict() | {"socket": path}, f"s{number}"))
-        return path, children[-1].pid
-
-    control = str(folder / "z.sock")
-    zygote = launch("zygote", config.to_dict(), "zygote", "--control", control)
-    children.append(zygote)
-    while not os.path.exists(control):
-        if zygote.poll() is not None:
-            raise RuntimeError((folder / "log").read_text())
-        time.sleep(0.01)
-
-    def fork(number: int) -> tuple[str, int]:
-        path = str(folder / f"f{number}.sock")
-        message = {"op": "fork", "replica": f"f{number}", "socket": path, "requested_at": time.monotonic()}
-        return path, order(control, message)["pid"]
-
-    try:
-        return timed(forks, fork), timed(spawns, spawn)
-    finally:
-        for child in children:
-            child.kill()
-            child.wait()
+def main() -> None:
+    """Run the benchmark and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--forks", type=int, default=30)
+    parser.add_argument("--spawns", type=int, default=3)
+    options = parser.parse_args()
+    with prepared() as workers:
+        workers.start_zygote()
+        print_table(timed(options.forks, workers.fork), timed(options.spawns, workers.spawn))
 
 
 def print_table(forked: tuple[list[float], list[float]], spawned: tuple[list[float], list[float]]) -> None:
