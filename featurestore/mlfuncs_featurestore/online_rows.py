@@ -21,6 +21,8 @@ from mlfuncs_featurestore.row_columns import _NUMPY
 from mlfuncs_featurestore.rows import DELETED, HEADER, NULL, PRESENT, RowCodec, _Slot, pack_value
 from mlfuncs_featurestore.types import FeatureType
 
+_HEADER = np.dtype("<u4,<i8,<i8,<i8,u1")
+
 
 @dataclass(frozen=True)
 class Stamps:
@@ -58,20 +60,23 @@ def pack_table(codec: RowCodec, rows: pa.Table, stamps: Stamps) -> list[bytes]:
     """The packed row of each table row; a field that the table does not have is absent in all of them."""
     count, size = rows.num_rows, codec.fixed_size
     fixed = np.zeros((count, size), np.uint8)
-    header = np.zeros(count, np.dtype("<u4,<i8,<i8,<i8,u1"))
+    header = np.zeros(count, _HEADER)
     header["f0"], header["f1"], header["f2"] = codec.layout, stamps.event_us, stamps.created_us
     header["f3"], header["f4"] = stamps.sequence, np.where(stamps.deleted, DELETED, 0)
     fixed[:, : HEADER.size] = header.view(np.uint8).reshape(count, HEADER.size)
     tails: list[list[bytes]] = []
-    offsets = np.full(count, size, np.int64)
+    offsets, everywhere = np.full(count, size, np.int64), np.ones(count, bool)
+    states = np.zeros((len(codec.slots) + 3) // 4, np.uint8)  # of the columns that have no nulls, for every row
     for name, slot in codec.slots.items():
         if name not in rows.column_names:
             continue
         array = rows[name].combine_chunks()
-        valid = array.is_valid().to_numpy(zero_copy_only=False)
-        fixed[:, HEADER.size + slot.index // 4] |= np.where(valid, PRESENT, NULL).astype(np.uint8) << (
-            2 * (slot.index % 4)
-        )
+        valid, shift = everywhere, 2 * (slot.index % 4)
+        if array.null_count:
+            valid = array.is_valid().to_numpy(zero_copy_only=False)
+            fixed[:, HEADER.size + slot.index // 4] |= np.where(valid, PRESENT, NULL).astype(np.uint8) << shift
+        else:
+            states[slot.index // 4] |= PRESENT << shift
         if slot.spans:
             parts = _variable(slot.type, array)
             lengths = np.fromiter(map(len, parts), np.int64, count)
@@ -82,6 +87,7 @@ def pack_table(codec: RowCodec, rows: pa.Table, stamps: Stamps) -> list[bytes]:
             tails.append(parts)
         else:
             _place(fixed, slot, array, valid)
+    fixed[:, HEADER.size : HEADER.size + len(states)] |= states
     whole = fixed.tobytes()
     heads = [whole[start : start + size] for start in range(0, count * size, size)]
     return [b"".join(parts) for parts in zip(heads, *tails, strict=True)] if tails else heads

@@ -11,6 +11,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import parse_qs, urlsplit, urlunsplit
 
@@ -29,6 +30,14 @@ ANSWER_S = 2.0
 RETRIES = 2  # after the first attempt, with jitter; every command that is retried here may run twice
 PAUSE_S = 0.05
 SCHEMES = ("redis", "rediss", "unix", "redis+cluster", "rediss+cluster")
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Commands under way: as they were packed, and the connection they went by (None: it failed)."""
+
+    packed: list[bytes]
+    connection: Any
 
 
 class RedisLink:
@@ -83,22 +92,44 @@ class RedisLink:
 
         What Redis refuses comes back as an exception in its place.
         """
+        return self.receive(self.send(commands))
+
+    def send(self, commands: Sequence[tuple[Any, ...]]) -> Sent:
+        """Send commands to a standalone server without waiting for it; `receive` gives the answers."""
         packed = [hiredis.pack_command(command) for command in commands]
         if self._pid != os.getpid():  # a fork must not share its parent's sockets
             self._open()
         try:
-            return self._exchange(packed)
+            return Sent(packed, self._start(packed))
         except redis.RedisError:
-            self._idle.clear()  # idle connections are as old as the one that failed
-            return self.run(lambda: self._exchange(packed), attempts=RETRIES)
+            return Sent(packed, None)
 
-    def _exchange(self, packed: list[bytes]) -> list[Any]:
+    def receive(self, sent: Sent) -> list[Any]:
+        """The answers to what was sent; sent again as a whole when the connection failed."""
+        try:
+            if sent.connection is not None:
+                return self._finish(sent.connection, sent.packed)
+        except redis.RedisError:
+            pass
+        self._idle.clear()  # idle connections are as old as the one that failed
+        return self.run(lambda: self._finish(self._start(sent.packed), sent.packed), attempts=RETRIES)
+
+    def _start(self, packed: list[bytes]) -> Any:
+        """Send on an idle connection or a new one, which is returned."""
         try:
             connection = self._idle.pop()
         except IndexError:
             connection = self.client.connection_pool.make_connection()
         try:
             connection.send_packed_command(packed)
+        except BaseException:
+            connection.disconnect()
+            raise
+        return connection
+
+    def _finish(self, connection: Any, packed: list[bytes]) -> list[Any]:
+        """Read the answers; the connection is idle then."""
+        try:
             answers = [_answer(connection) for _ in packed]
         except BaseException:
             connection.disconnect()

@@ -6,12 +6,12 @@ Owns: RedisOnlineStore, the adapter of the port `online_port.OnlineRows`.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import redis
 
-from mlfuncs_featurestore.redis_client import RedisLink
+from mlfuncs_featurestore.redis_client import RedisLink, Sent
 from mlfuncs_featurestore.redis_keys import group_of
 from mlfuncs_featurestore.redis_scripts import APPEND, NEWEST, SWAP
 
@@ -43,7 +43,26 @@ class RedisOnlineStore:
 
     def write_newest(self, keys: Sequence[bytes], rows: Sequence[bytes]) -> int:
         """Store each row unless a newer one is there; how many were stored. A key may come only once."""
-        return sum(self._scripted(NEWEST, keys, rows, ()))
+        return sum(self._scripted(NEWEST, keys, rows))
+
+    def stream_newest(self, parts: Iterable[tuple[Sequence[bytes], Sequence[bytes]]]) -> int:
+        """`write_newest` of one part (keys, rows) after another; while Redis works on one, the next is made."""
+        if self.link.is_cluster:
+            return sum(self.write_newest(*part) for part in parts)
+        stored, calls = 0, list[tuple[Any, ...]]()
+        sent: Sent | None = None
+        try:
+            for keys, rows in parts:
+                more = self._calls(NEWEST, keys, rows)
+                earlier, sent = sent, self.link.send(more)
+                if earlier is not None:
+                    stored += sum(self._checked(NEWEST, calls, self.link.receive(earlier)))
+                calls = more
+        except BaseException:
+            if sent is not None and sent.connection is not None:
+                sent.connection.disconnect()  # its answers belong to nobody
+            raise
+        return stored if sent is None else stored + sum(self._checked(NEWEST, calls, self.link.receive(sent)))
 
     def append(self, keys: Sequence[bytes], records: Sequence[bytes], header: bytes, least: int) -> list[bytes]:
         """Append records to the values at `keys`; the keys whose value has grown enough to compact (see APPEND)."""
@@ -57,7 +76,7 @@ class RedisOnlineStore:
     def swap(self, key: bytes, seen: bytes, new: bytes) -> bool:
         """Replace the value that was `seen` by `new`; False when another writer changed it."""
         digest = hashlib.sha1(seen).hexdigest().encode()
-        return bool(self._scripted(SWAP, [key], [digest, new], (), together=True)[0])
+        return bool(self._scripted(SWAP, [key], [digest, new], together=True)[0])
 
     def delete(self, keys: Sequence[bytes]) -> None:
         """Remove what is at `keys`."""
@@ -79,24 +98,37 @@ class RedisOnlineStore:
         script: str,
         keys: Sequence[bytes],
         values: Sequence[bytes],
-        first: tuple[bytes, ...],
+        first: tuple[bytes, ...] = (),
         together: bool = False,
     ) -> list[Any]:
+        calls = self._calls(script, keys, values, first, together)
+        if self.link.is_cluster:
+            return [self._on_cluster(script, call) for call in calls]
+        answers: list[Any] = []
+        for start in range(0, len(calls), IN_FLIGHT):
+            some = calls[start : start + IN_FLIGHT]
+            answers += self._checked(script, some, self.link.pipeline(some))
+        return answers
+
+    def _calls(
+        self,
+        script: str,
+        keys: Sequence[bytes],
+        values: Sequence[bytes],
+        first: tuple[bytes, ...] = (),
+        together: bool = False,
+    ) -> list[tuple[Any, ...]]:
+        """The commands that run `script` over the keys, a batch each; `together`: all values belong to one key."""
         calls = []
         for batch in self._batches(keys):
             plain = len(keys) == len(batch)
             mine = keys if plain else [keys[place] for place in batch]
             theirs = values if plain or together else [values[place] for place in batch]
             calls.append((b"EVALSHA", _SHA[script], len(mine), *mine, *first, *theirs))
-        if self.link.is_cluster:
-            return [self._on_cluster(script, call) for call in calls]
-        answers: list[Any] = []
-        for start in range(0, len(calls), IN_FLIGHT):
-            answers += self._on_server(script, calls[start : start + IN_FLIGHT])
-        return answers
+        return calls
 
-    def _on_server(self, script: str, calls: list[tuple[Any, ...]]) -> list[Any]:
-        answers = self.link.pipeline(calls)
+    def _checked(self, script: str, calls: list[tuple[Any, ...]], answers: list[Any]) -> list[Any]:
+        """The answers to `calls`, made again where Redis did not know the script yet. Raises Unavailable."""
         if any(isinstance(answer, redis.exceptions.NoScriptError) for answer in answers):
             self.link.call(b"SCRIPT", b"LOAD", script.encode())
             answers = self.link.pipeline(calls)
