@@ -34,13 +34,16 @@ class Objective:
 
         A function that returns one bare number has that as its objective, whatever the name.
         """
-        numbers = {**_numbers(outputs), **metrics}
-        if self.name in numbers:
-            return numbers[self.name]
-        if list(outputs) == ["output"] and not metrics and "output" in numbers:
-            return numbers["output"]
+        numbers = {**numbers_of(outputs), **metrics}
+        found = self.among(numbers)
+        if found is not None:
+            return found
         known = ", ".join(sorted(numbers)) or "nothing: log it with ml.log_metric, or return it"
         raise InvalidInput(f"objective {str(self)!r}: no metric is named {self.name!r}; the run has {known}")
+
+    def among(self, numbers: Mapping[str, float]) -> float | None:
+        """The objective among a run's numbers: the one of its name, else the only one, returned bare; else None."""
+        return numbers.get(self.name, numbers["output"] if list(numbers) == ["output"] else None)
 
     def is_better(self, value: float, than: float | None) -> bool:
         """Whether `value` beats `than`; not-a-number beats nothing, and anything beats it or None."""
@@ -59,7 +62,8 @@ class Objective:
         return best
 
 
-def _numbers(outputs: dict[str, Any]) -> dict[str, float]:
+def numbers_of(outputs: dict[str, Any]) -> dict[str, float]:
+    """The numbers among a run's outputs by name, and those of dicts among them by key."""
     found = {name: float(value) for name, value in outputs.items() if _is_number(value)}
     for value in outputs.values():
         if isinstance(value, dict):

@@ -17,6 +17,7 @@ from kfp.dsl.types import artifact_types, type_utils
 from mlfuncs.bundles.bundle import Bundle, build_bundle
 from mlfuncs.decorator import Function
 from mlfuncs.errors import InvalidInput, MlfuncsError, SpecError
+from mlfuncs.interface.signature import Signature
 from mlfuncs.settings import Settings, read_settings
 from mlfuncs.signing import project_key
 from mlfuncs_pipelines.ports import (
@@ -47,14 +48,21 @@ _ANYTHING = "system.Artifact"
 class FunctionComponent(base_component.BaseComponent):
     """A decorated function in kfp's eyes. Its `component_spec` is the interface as annotated; a call may refine it."""
 
+    flags: tuple[str, ...] = ()  # more words for the step's entry point
+
     def __init__(self, function: Function[Any, Any]) -> None:
         self.function = function
         self.settings = read_settings()
-        self.inputs = input_ports(function.signature)
-        self.outputs = output_ports(function.signature)
+        self.inputs = input_ports(self.signature)
+        self.outputs = output_ports(self.signature)
         self.bundle = build_bundle(function.target, function.spec, self.settings)
         self._specs: dict[tuple[Port, ...], structures.ComponentSpec] = {}
         super().__init__(self._spec_for(tuple(self.inputs.values())))
+
+    @property
+    def signature(self) -> Signature:
+        """The interface of the step."""
+        return self.function.signature
 
     def __call__(self, *args: Any, **kwargs: Any) -> pipeline_task.PipelineTask:
         """A task of the pipeline that is being traced. Raises InvalidInput, naming the argument and both types."""
@@ -77,7 +85,7 @@ class FunctionComponent(base_component.BaseComponent):
         return self.function.target(**kwargs)
 
     def _bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        names = [p.name for p in self.function.signature.parameters if p.kind == "positional"]
+        names = [p.name for p in self.signature.parameters if p.kind == "positional"]
         if len(args) > len(names):
             message = f"{self.function.spec.name} takes {len(names)} positional arguments, and {len(args)} were given"
             raise InvalidInput(message)
@@ -169,7 +177,7 @@ class FunctionComponent(base_component.BaseComponent):
         return self._specs[key]
 
     def _container(self, ports: tuple[Port, ...]) -> structures.ContainerSpecImplementation:
-        arguments = ["--bundle", self.bundle.digest]
+        arguments = ["--bundle", self.bundle.digest, *self.flags]
         names = ",".join(port.name for port in ports if port.form == "json")
         if names:
             arguments += ["--json", names]

@@ -74,6 +74,15 @@ class KubeflowRun:
         state = str(self._detail().state or "PENDING")
         return _ENDED.get(state, state.lower())
 
+    def is_over(self) -> bool:
+        """Whether it has succeeded, failed or was cancelled."""
+        return self.status() in _ENDED.values()
+
+    def cancel(self) -> None:
+        """Ask Kubeflow to stop it; one that is over stays as it is."""
+        with translated(self.host):
+            self._client.terminate_run(self.id)
+
     def wait(self, timeout_s: float = 3600.0, poll_s: float = 5.0) -> KubeflowRun:
         """Return when the run has succeeded. Raises RunFailed when it has not, DeadlineExceeded after `timeout_s`."""
         deadline = time.monotonic() + timeout_s
@@ -82,7 +91,7 @@ class KubeflowRun:
                 raise DeadlineExceeded(f"run {self.id} is {state} after {timeout_s:g} s; it goes on: {self.url}")
             time.sleep(min(poll_s, max(0.0, deadline - time.monotonic())))
         if state != "succeeded":
-            raise RunFailed(f"run {self.id} {state}: {self._cause()}; see {self.url}", self.id)
+            raise RunFailed(f"run {self.id} {state}: {self.cause()}; see {self.url}", self.id)
         return self
 
     def steps(self) -> dict[str, str]:
@@ -117,8 +126,8 @@ class KubeflowRun:
         details = self._detail().run_details
         return list(details.task_details or []) if details else []
 
-    def _cause(self) -> str:
-        """The failed tasks with their messages, the most specific first."""
+    def cause(self) -> str:
+        """Why it failed: the failed tasks with their messages, the most specific first."""
         failed = [task for task in self._tasks() if _state(task.state) == "failed"]
         texts = [f"{task.display_name}: {task.error.message if task.error else 'failed'}" for task in reversed(failed)]
         return "; ".join(texts) or str(getattr(self._detail().error, "message", "") or "no reason given")

@@ -61,6 +61,7 @@ class OurStep:
     bundle: str
     inline: str
     json_inputs: tuple[str, ...]
+    point: bool = False  # whether it runs one point of a sweep
 
 
 def recognise_step(container: Mapping[str, Any]) -> OurStep | None:
@@ -69,7 +70,8 @@ def recognise_step(container: Mapping[str, Any]) -> OurStep | None:
     if STEP_MODULE not in words or "--bundle" not in words:
         return None
     names = _option(words, "--json")
-    return OurStep(_option(words, "--bundle"), _option(words, "--inline"), tuple(names.split(",")) if names else ())
+    json_inputs = tuple(names.split(",")) if names else ()
+    return OurStep(_option(words, "--bundle"), _option(words, "--inline"), json_inputs, "--point" in words)
 
 
 def _option(arguments: list[str], name: str) -> str:

@@ -139,7 +139,7 @@ def _plan_step(
             str(bundle.python()),
             modules=(*_STEP_MODULES, *libraries(bundle.read("code.pkl"), bundle.manifest.lock)),
             path=_own_path(),
-            step=json.dumps({"bundle": ours.bundle}),
+            step=json.dumps({"bundle": ours.bundle, "point": ours.point}),
             env=environment,
         ),
         code_digest=ours.bundle,

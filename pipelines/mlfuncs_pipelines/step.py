@@ -73,13 +73,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--bundle", required=True, help="digest of the function's bundle")
     parser.add_argument("--inline", default="", help="the bundle itself: base64 of {file name: base64}")
     parser.add_argument("--json", default="", help="inputs that are JSON text, separated by commas")
+    parser.add_argument("--point", action="store_true", help="run one point of a sweep")
     parser.add_argument("--executor_input", required=True, help="kfp's ExecutorInput as JSON")
     given = parser.parse_args(arguments)
     if given.inline:
         unpack_inline(given.bundle, given.inline)
     names = frozenset(name for name in given.json.split(",") if name)
     call = Call(json.loads(given.executor_input), names)
-    _write_file(call, json.dumps(execute(load({"bundle": given.bundle}), call)))
+    _write_file(call, json.dumps(execute(load({"bundle": given.bundle, "point": given.point}), call)))
 
 
 def load(step: Mapping[str, Any]) -> Loaded:
@@ -97,6 +98,10 @@ def load(step: Mapping[str, Any]) -> Loaded:
     signature = Signature.of(target)
     inputs, outputs = input_ports(signature), output_ports(signature)
     loaded = Loaded(bundle.digest, target, bundle.manifest.function_spec, settings, inputs, outputs, signature)
+    if step.get("point"):
+        from mlfuncs_pipelines.point import as_point
+
+        loaded = as_point(loaded)
     _warm(loaded)
     return loaded
 

@@ -98,6 +98,7 @@ def make_request(
         request |= {
             "kind": "step",
             "bundle": prepared.plan.step.bundle,
+            "point": prepared.plan.step.point,
             "json_inputs": prepared.plan.step.json_inputs,
             "executor_input": prepared.executor_input,
             "track": track,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,16 @@ from mlfuncs_pipelines.run_log import PipelineRun
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
     return Settings(home=tmp_path / "home", project="tests")
+
+
+@pytest.fixture
+def api(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
+    """A server of Kubeflow's Pipelines API, which the settings name."""
+    sys.path.append(str(Path(__file__).parent))
+    from kubeflow_api import served
+
+    with served(monkeypatch, tmp_path) as state:
+        yield state
 
 
 @pytest.fixture(scope="session", autouse=True)
