@@ -7,7 +7,7 @@ Owns: OnlineRows, what an adapter must do, and MemoryRows, the fake that ships f
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from mlfuncs_featurestore.rows import read_stamp
@@ -22,6 +22,9 @@ class OnlineRows(Protocol):
 
     def write_newest(self, keys: Sequence[bytes], rows: Sequence[bytes]) -> int:
         """Store each packed row unless one with a later (event, created, sequence) is there; how many were stored."""
+
+    def stream_newest(self, parts: Iterable[tuple[Sequence[bytes], Sequence[bytes]]]) -> int:
+        """`write_newest` of one part (keys, rows) after another; a part may be made while an earlier one is written."""
 
     def append(self, keys: Sequence[bytes], records: Sequence[bytes], header: bytes, least: int) -> list[bytes]:
         """Append to each value; the keys of values over `least` bytes that have more than doubled since they were
@@ -56,6 +59,10 @@ class MemoryRows:
                     self._values[key] = row
                     stored += 1
         return stored
+
+    def stream_newest(self, parts: Iterable[tuple[Sequence[bytes], Sequence[bytes]]]) -> int:
+        """See OnlineRows."""
+        return sum(self.write_newest(*part) for part in parts)
 
     def append(self, keys: Sequence[bytes], records: Sequence[bytes], header: bytes, least: int) -> list[bytes]:
         """See OnlineRows."""

@@ -71,6 +71,35 @@ def test_a_large_batch_is_stored_whole(rows):
     assert rows.write_newest(many, [row(-1)] * 5000) == 0
 
 
+def test_parts_are_written_one_after_another(rows):
+    many = keys(*(f"part{number}" for number in range(4500)))
+    rows.delete(many)
+
+    def parts(event):
+        for start in range(0, len(many), 2000):
+            mine = many[start : start + 2000]
+            yield mine, [row(event, sequence=number) for number in range(len(mine))]
+
+    assert rows.stream_newest(parts(2)) == 4500
+    assert rows.stream_newest(parts(1)) == 0
+    assert rows.stream_newest(iter([])) == 0
+    assert rows.read(many)[2000:2002] == [row(2), row(2, sequence=1)]
+
+
+def test_a_part_that_cannot_be_made_leaves_those_before_it_and_the_store_usable(rows):
+    (a,) = keys("unmade")
+    rows.delete([a])
+
+    def parts():
+        yield [a], [row(1)]
+        raise ValueError("a bad value")
+
+    with pytest.raises(ValueError, match="a bad value"):
+        rows.stream_newest(parts())
+    assert rows.write_newest([a], [row(2)]) == 1
+    assert rows.read([a]) == [row(2)]
+
+
 def test_appends_of_many_writers_are_all_there(rows):
     (key,) = keys("appended")
     rows.delete([key])
