@@ -46,6 +46,8 @@ class Settings:
     kubeflow_host: str = ""  # URL of the Kubeflow Pipelines API
     kubeflow_token: str = ""
     kubernetes_namespace: str = "default"
+    kubernetes_keda: str = ""  # namespace of KEDA and its HTTP add-on; empty: no scaling from zero
+    kubernetes_gateway: str = ""  # [namespace/]name[@domain] of a Gateway; empty: none
     image_registry: str = ""  # prefix of image names pushed for clusters, e.g. registry.example/team
     base_image: str = ""  # function base image; empty: the one built from this release's Dockerfile
     nuclio_dashboard: str = ""  # URL of a Nuclio dashboard

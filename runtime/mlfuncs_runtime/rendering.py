@@ -14,6 +14,7 @@ from mlfuncs.serving.revision_config import RevisionConfig
 from mlfuncs.settings import Settings
 from mlfuncs_runtime.images.builder import BuiltImage, ImageBuilder, Report
 from mlfuncs_runtime.images.image import BaseImage, Image
+from mlfuncs_runtime.manifests.routing import KubernetesOptions
 from mlfuncs_runtime.manifests.workload import Workload
 
 TARGETS = ("knative", "kubernetes", "nuclio", "job", "docker", "buildkit", "kaniko")
@@ -96,7 +97,8 @@ def render(function: Function[Any, Any], target: str, settings: Settings, image:
     if target == "kubernetes":
         from mlfuncs_runtime.manifests.kubernetes import kubernetes_warnings, render_kubernetes
 
-        return Rendered(render_kubernetes(workload), kubernetes_warnings(workload))
+        options = KubernetesOptions.of(settings)
+        return Rendered(render_kubernetes(workload, options), kubernetes_warnings(workload, options))
     if target == "nuclio":
         return _nuclio(function, workload, settings)
     if target == "job":
@@ -127,7 +129,7 @@ def render_platform(settings: Settings, compose: bool) -> list[Manifest]:
     from mlfuncs_runtime.manifests import platform
 
     if not compose:
-        return platform.render_platform(settings.kubernetes_namespace)
+        return platform.render_platform(settings.kubernetes_namespace, KubernetesOptions.of(settings))
     return [platform.render_compose(settings.project)]
 
 

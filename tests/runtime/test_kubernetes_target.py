@@ -170,6 +170,48 @@ def test_an_object_of_another_name_is_left_alone(deploy, api):
     assert key in api.objects
 
 
+def test_a_split_needs_a_gateway_and_is_warned_of_without_one(deploy, api, monkeypatch):
+    deploy()
+    with pytest.warns(UserWarning, match="a Service cannot weigh, so rev-1 gets all of it"):
+        deploy(timeout_s=30, traffic=20)
+    monkeypatch.setenv("MLFUNCS_KUBERNETES_GATEWAY", "infra/public@ml.example.com")
+    endpoint = deploy(timeout_s=40, traffic=20)
+    assert endpoint.url == "http://churn.ml.example.com"
+    route = api.objects["/apis/gateway.networking.k8s.io/v1/namespaces/ml/httproutes/churn"]
+    weights = {backend["name"]: backend["weight"] for backend in route["spec"]["rules"][0]["backendRefs"]}
+    assert weights == {"churn-rev-1": 64, "churn-rev-2": 16, "churn-rev-3": 20}
+    monkeypatch.delenv("MLFUNCS_KUBERNETES_GATEWAY")
+    endpoint.promote()
+    assert api.names("httproutes") == []
+
+
+def test_with_keda_a_revision_at_zero_is_ready(deploy, api, monkeypatch):
+    monkeypatch.setenv("MLFUNCS_KUBERNETES_KEDA", "keda")
+
+    def scaled_to_zero(path, manifest):
+        becomes_ready(api, path, manifest)
+        if "/deployments/" in path:
+            manifest["spec"]["replicas"] = 0
+            manifest["status"]["readyReplicas"] = 0
+
+    api.behaviour = scaled_to_zero
+    endpoint = deploy()
+    assert endpoint.url == "http://churn.ml.svc.cluster.local:8080"
+    assert api.names("interceptorroutes") == api.names("scaledobjects") == ["churn-rev-1"]
+    assert api.names("horizontalpodautoscalers") == []
+    service = api.objects["/api/v1/namespaces/ml/services/churn"]
+    assert service["spec"]["externalName"] == "keda-add-ons-http-interceptor-proxy.keda.svc.cluster.local"
+    deploy(timeout_s=30)
+    assert api.names("interceptorroutes") == ["churn-rev-2"]
+
+
+def test_a_role_without_kinds_that_the_cluster_lacks_is_enough(deploy, api):
+    for kind in ("scaledobjects", "interceptorroutes", "httproutes"):
+        api.faults["GET", f"/{kind}"] = (403, f"cannot list resource {kind!r}")
+    deploy()
+    assert deploy(timeout_s=30).revision == "rev-2"
+
+
 def test_knative_moves_traffic_when_its_revision_is_ready(deploy, api):
     endpoint = deploy("knative")
     assert endpoint.url == "http://churn.ml.example.com"

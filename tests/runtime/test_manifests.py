@@ -3,6 +3,7 @@
 `UPDATE_GOLDEN=1` writes the golden files anew; read the difference before committing it.
 """
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -12,9 +13,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlfuncs.errors import SpecError
 from mlfuncs.spec import FunctionSpec, Pod, Resources, Scale
 from mlfuncs_runtime.manifests.knative import knative_warnings, render_knative, scale_annotations, to_percentages
-from mlfuncs_runtime.manifests.kubernetes import KubernetesOptions, kubernetes_warnings, render_kubernetes
+from mlfuncs_runtime.manifests.kubernetes import kubernetes_warnings, render_kubernetes
+from mlfuncs_runtime.manifests.platform import render_platform
+from mlfuncs_runtime.manifests.routing import KubernetesOptions
 from mlfuncs_runtime.manifests.workload import Workload, container
 
 GOLDEN = Path(__file__).parent / "golden" / "manifests"
@@ -49,7 +53,11 @@ WORKLOADS = {
 RENDERERS = {
     "knative": render_knative,
     "kubernetes": render_kubernetes,
-    "keda": lambda workload: render_kubernetes(workload, KubernetesOptions(keda=True, gateway="public")),
+    "gateway": lambda workload: render_kubernetes(workload, KubernetesOptions(gateway="infra/public", domain="ml.io")),
+    "keda": lambda workload: render_kubernetes(workload, KubernetesOptions(keda="keda")),
+    "keda-gateway": lambda workload: render_kubernetes(
+        workload, KubernetesOptions(keda="keda", gateway="public", domain="ml.io")
+    ),
 }
 
 
@@ -127,8 +135,44 @@ def test_knative_gets_a_window_that_it_takes():
 def test_kubernetes_says_that_zero_needs_keda():
     assert any("KEDA" in warning for warning in kubernetes_warnings(WORKLOADS["plain"]))
     assert not any(
-        "KEDA" in warning for warning in kubernetes_warnings(WORKLOADS["plain"], KubernetesOptions(keda=True))
+        "KEDA" in warning for warning in kubernetes_warnings(WORKLOADS["plain"], KubernetesOptions(keda="keda"))
     )
+
+
+def test_a_split_without_a_gateway_is_warned_of_and_with_one_weighed():
+    plain, weighed = KubernetesOptions(), KubernetesOptions(gateway="infra/public", domain="ml.io")
+    assert "rev-2 gets all of it" in "\n".join(kubernetes_warnings(WORKLOADS["everything"], plain))
+    assert not any("weigh" in warning for warning in kubernetes_warnings(WORKLOADS["everything"], weighed))
+    (route,) = [m for m in render_kubernetes(WORKLOADS["everything"], weighed) if m["kind"] == "HTTPRoute"]
+    assert {b["name"]: b["weight"] for b in route["spec"]["rules"][0]["backendRefs"]} == {
+        "churn-rev-2": 90,
+        "churn-rev-3": 10,
+    }
+    assert route["spec"]["parentRefs"] == [{"name": "public", "namespace": "infra"}]
+
+
+def test_only_the_revision_that_serves_has_the_endpoints_names_at_the_interceptor():
+    def hosts(revision):
+        workload = dataclasses.replace(WORKLOADS["everything"], revision=revision)
+        objects = render_kubernetes(workload, KubernetesOptions(keda="keda"))
+        (route,) = [m for m in objects if m["kind"] == "InterceptorRoute"]
+        return set(route["spec"]["rules"][0]["hosts"])
+
+    assert "churn.ml" in hosts("rev-2") and hosts("rev-3") == {"churn-rev-3.ml"}
+    assert not hosts("rev-2") & hosts("rev-3")
+
+
+def test_keda_behind_a_gateway_is_granted_by_the_platform():
+    options = KubernetesOptions(keda="keda", gateway="public")
+    assert any("ReferenceGrant" in warning for warning in kubernetes_warnings(WORKLOADS["plain"], options))
+    (grant,) = [m for m in render_platform("ml", options) if m["kind"] == "ReferenceGrant"]
+    assert grant["metadata"]["namespace"] == "keda" and grant["spec"]["from"][0]["namespace"] == "ml"
+
+
+def test_a_gateway_that_cannot_be_one_is_named(settings):
+    bad = dataclasses.replace(settings, kubernetes_gateway="a/b/c")
+    with pytest.raises(SpecError, match="a/b/c"):
+        KubernetesOptions.of(bad)
 
 
 @given(st.dictionaries(st.from_regex(r"rev-[1-9]", fullmatch=True), st.integers(1, 10_000), min_size=1))

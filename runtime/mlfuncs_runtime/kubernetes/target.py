@@ -8,10 +8,12 @@ what the endpoint no longer has. When it fails, the new revision's objects go an
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from mlfuncs.errors import DeployFailed, MlfuncsError
+from mlfuncs.errors import DeployFailed, Forbidden, MlfuncsError
 from mlfuncs.serving.revision_config import RevisionConfig
 from mlfuncs.serving.rollouts import complete_rollout, fail_rollout, outcome_of, serving_revision
 from mlfuncs.serving.targets import EndpointStatus, ReplicaStatus, Report
@@ -20,7 +22,8 @@ from mlfuncs_runtime.kubernetes.cluster import Cluster, Manifest, kind_of
 from mlfuncs_runtime.kubernetes.images import cluster_image, push_image
 from mlfuncs_runtime.kubernetes.pod_failures import Failure, failure_of
 from mlfuncs_runtime.manifests.knative import render_knative
-from mlfuncs_runtime.manifests.kubernetes import render_kubernetes
+from mlfuncs_runtime.manifests.kubernetes import render_kubernetes, split_warning
+from mlfuncs_runtime.manifests.routing import INTERCEPTOR_PORT, KubernetesOptions
 from mlfuncs_runtime.manifests.workload import MANAGER, Workload
 
 if TYPE_CHECKING:
@@ -36,17 +39,22 @@ class KubernetesTarget:
     """Deployment, Service, autoscaler and guards for each revision."""
 
     KINDS: tuple[str, ...] = (
-        "Deployment", "HorizontalPodAutoscaler", "PodDisruptionBudget", "Service", "NetworkPolicy", "ServiceAccount"
+        "Deployment", "HorizontalPodAutoscaler", "PodDisruptionBudget", "Service", "NetworkPolicy", "ServiceAccount",
+        "ScaledObject", "InterceptorRoute", "HTTPRoute",
     )  # fmt: skip
+    _OPTIONAL = ("ScaledObject", "InterceptorRoute", "HTTPRoute")  # kinds that a cluster need not have
 
     def __init__(self, settings: Settings, cluster: Cluster | None = None, builder: ImageBuilder | None = None) -> None:
         self._settings, self._builder = settings, builder
         self._cluster = cluster or Cluster(settings.kubernetes_namespace)
+        self._options = KubernetesOptions.of(settings)
         self.poll_s = POLL_S
 
     def apply(self, row: EndpointRow) -> None:
         """Apply what the row wishes; the revisions of a rollout beside what serves, without traffic yet."""
         rollout = row.desired.get("rollout")
+        if split := self._split_warning(dict((rollout or row.desired).get("traffic") or {})):
+            warnings.warn(f"endpoint {row.name!r}: {split}", stacklevel=2)
         try:
             for revision in _coming(row):
                 push_image(row, revision, self._settings, self._builder, lambda _note: None)
@@ -77,8 +85,11 @@ class KubernetesTarget:
         self._give_up(row, rollout, Failure(f"not ready after {timeout_s:g} s ({waiting})"))
 
     def url(self, row: EndpointRow) -> str:
-        """The address inside the cluster."""
-        return f"http://{row.name}.{self._cluster.namespace}.svc.cluster.local"
+        """The address at the gateway's domain when there is one, else the one inside the cluster."""
+        if self._options.domain:
+            return f"http://{row.name}.{self._options.domain}"
+        port = f":{INTERCEPTOR_PORT}" if self._options.keda else ""
+        return f"http://{row.name}.{self._cluster.namespace}.svc.cluster.local{port}"
 
     def status(self, row: EndpointRow) -> EndpointStatus:
         """What the cluster runs now."""
@@ -120,11 +131,14 @@ class KubernetesTarget:
 
     # --- what differs between the two targets
 
+    def _split_warning(self, traffic: dict[str, int]) -> str:
+        return split_warning(traffic, "", self._options)
+
     def _manifests(self, row: EndpointRow) -> list[Manifest]:
         """Every object of the row, each once; shared ones, e.g. the main Service, follow what has traffic."""
         found: dict[tuple[str, str], Manifest] = {}
         for revision in _wanted(row):
-            for manifest in render_kubernetes(self._workload(row, revision)):
+            for manifest in render_kubernetes(self._workload(row, revision), self._options):
                 found.setdefault((kind_of(manifest), manifest["metadata"]["name"]), manifest)
         return list(found.values())
 
@@ -136,8 +150,8 @@ class KubernetesTarget:
         status = deployment.get("status") or {}
         seen = int(status.get("observedGeneration", 0)) >= int(deployment["metadata"].get("generation", 0))
         ready, wished = int(status.get("readyReplicas") or 0), int(deployment["spec"].get("replicas", 1))
-        if seen and ready >= max(1, wished):
-            return None
+        if seen and (ready >= max(1, wished) or (wished == 0 and self._options.keda)):
+            return None  # at zero it is ready too: a request brings it back
         pods = self._cluster.find("Pod", {**self._labels(row), _REVISION: revision})
         failure = failure_of(deployment, pods) if seen else None
         return failure or Failure(f"{revision}: {ready} of {max(1, wished)} pods ready", final=False)
@@ -182,8 +196,6 @@ class KubernetesTarget:
 
     def _fail(self, row: EndpointRow, rollout: str, reason: str) -> None:
         """Write the failure down, and take the new revision's objects away."""
-        from contextlib import suppress
-
         from mlfuncs.registry import open_registry
 
         endpoints = open_registry(self._settings).endpoints
@@ -194,10 +206,12 @@ class KubernetesTarget:
     def _prune(self, row: EndpointRow, everything: bool = False) -> None:
         """Delete objects of the endpoint that it no longer has."""
         kept = set() if everything else {(kind_of(m), m["metadata"]["name"]) for m in self._manifests(row)}
+        labels = {**self._labels(row), "app.kubernetes.io/managed-by": MANAGER}
         for kind in self.KINDS:
-            for found in self._cluster.find(kind, {**self._labels(row), "app.kubernetes.io/managed-by": MANAGER}):
-                if (kind, found["metadata"]["name"]) not in kept:
-                    self._cluster.delete(kind, found["metadata"]["name"])
+            with suppress(*((Forbidden,) if kind in self._OPTIONAL else ())):  # a Role of a cluster without it
+                for found in self._cluster.find(kind, labels):
+                    if (kind, found["metadata"]["name"]) not in kept:
+                        self._cluster.delete(kind, found["metadata"]["name"])
 
     def _labels(self, row: EndpointRow) -> dict[str, str]:
         return {"app.kubernetes.io/name": row.name, "app.kubernetes.io/part-of": row.project}
@@ -208,10 +222,14 @@ class KnativeTarget(KubernetesTarget):
 
     KINDS: tuple[str, ...] = ("KnativeService",)
 
+    def _split_warning(self, traffic: dict[str, int]) -> str:
+        return ""  # Knative weighs
+
     def url(self, row: EndpointRow) -> str:
         """The address that Knative gave the Service."""
         service = self._cluster.get("KnativeService", row.name) or {}
-        return str((service.get("status") or {}).get("url") or super().url(row))
+        inside = f"http://{row.name}.{self._cluster.namespace}.svc.cluster.local"
+        return str((service.get("status") or {}).get("url") or inside)
 
     def _manifests(self, row: EndpointRow) -> list[Manifest]:
         """The Service with its newest wished revision as the template; earlier ones are kept by Knative."""

@@ -1,17 +1,24 @@
 """A workload as plain Kubernetes objects: one Deployment a revision, one Service an endpoint, and what guards them.
 
 Each revision has a Deployment, a HorizontalPodAutoscaler and a Service of its own. The endpoint's main Service selects
-the revision that serves; a split between revisions is a Gateway API HTTPRoute, whose weights are the traffic shares,
-since a Service alone cannot weigh. Scaling from zero needs KEDA's HTTP add-on (`keda=True`).
+the revision that serves. Splits and scaling from zero need more than that: see `mlfuncs_runtime.manifests.routing`.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 from mlfuncs.serving.rollouts import serving_revision
+from mlfuncs_runtime.manifests.routing import (
+    HTTP_PORT,
+    KubernetesOptions,
+    http_route,
+    interceptor_route,
+    interceptor_service,
+    scaled_object,
+)
 from mlfuncs_runtime.manifests.workload import (
     PORT,
     PRE_STOP_S,
@@ -24,19 +31,7 @@ from mlfuncs_runtime.manifests.workload import (
     volumes,
 )
 
-_HTTP_PORT = 80
-_DEFAULT_TARGET = 100.0  # Knative's container-concurrency-target-default, used for KEDA too
-_DEFAULT_RPS = 200.0  # Knative's requests-per-second-target-default
 _CPU_UTILIZATION = 70  # percent of the requested CPU; the same share as Knative's target utilisation
-
-
-@dataclass(frozen=True)
-class KubernetesOptions:
-    """What the cluster has: KEDA's HTTP add-on, and a Gateway (name) that HTTPRoutes attach to."""
-
-    keda: bool = False
-    host: str = ""  # host name that KEDA's interceptor or the gateway routes by; empty: "<name>.<namespace>"
-    gateway: str = ""
 
 
 def render_kubernetes(workload: Workload, options: KubernetesOptions = KubernetesOptions()) -> list[dict[str, Any]]:
@@ -44,15 +39,19 @@ def render_kubernetes(workload: Workload, options: KubernetesOptions = Kubernete
     objects = [
         _service_account(workload),
         _network_policy(workload),
-        _deployment(workload, options),
+        _deployment(workload),
         _service(workload, workload.revision_name, workload.revision),
-        _service(workload, workload.name, serving_revision(workload.traffic, workload.revision)),
-        _http_scaled_object(workload, options) if options.keda else _autoscaler(workload),
     ]
+    if options.keda:
+        objects += [interceptor_service(workload, options), interceptor_route(workload, options)]
+        objects.append(scaled_object(workload, options))
+    else:
+        serving = serving_revision(workload.traffic, workload.revision)
+        objects += [_service(workload, workload.name, serving), _autoscaler(workload)]
     if workload.spec.scale.max > 1:
         objects.append(_disruption_budget(workload))
     if options.gateway:
-        objects.append(_http_route(workload, options))
+        objects.append(http_route(workload, options))
     return objects
 
 
@@ -61,11 +60,15 @@ def kubernetes_warnings(workload: Workload, options: KubernetesOptions = Kuberne
     scale, found = workload.spec.scale, []
     if scale.min == 0 and not options.keda:
         found.append(
-            "scale.min=0: a HorizontalPodAutoscaler keeps at least 1; install KEDA's HTTP add-on and render with keda"
+            "scale.min=0: a HorizontalPodAutoscaler keeps at least 1; install KEDA with its HTTP add-on and set "
+            "MLFUNCS_KUBERNETES_KEDA to its namespace"
         )
-    if len(workload.traffic) > 1 and not options.gateway:
+    if split := split_warning(workload.traffic, workload.revision, options):
+        found.append(split)
+    if options.keda and options.gateway:
         found.append(
-            "traffic over several revisions needs a Gateway; without one the revision with the largest share gets all"
+            f"the Gateway sends requests to KEDA's interceptor, which namespace {options.keda!r} must allow: apply the "
+            "ReferenceGrant of 'mlfuncs render platform' there"
         )
     if not options.keda and workload.spec.resources.cpu is None:
         found.append("resources.cpu is not set: the autoscaler measures CPU against the request, and 100m is assumed")
@@ -74,7 +77,17 @@ def kubernetes_warnings(workload: Workload, options: KubernetesOptions = Kuberne
     return found
 
 
-def _deployment(workload: Workload, options: KubernetesOptions) -> dict[str, Any]:
+def split_warning(traffic: Mapping[str, int], revision: str, options: KubernetesOptions) -> str:
+    """What becomes of a traffic split without a Gateway; "" when all of it is honoured."""
+    if len(traffic) < 2 or options.gateway:
+        return ""
+    return (
+        f"traffic over {len(traffic)} revisions: a Service cannot weigh, so {serving_revision(traffic, revision)} gets "
+        "all of it; set MLFUNCS_KUBERNETES_GATEWAY to a Gateway, or use the target 'knative'"
+    )
+
+
+def _deployment(workload: Workload) -> dict[str, Any]:
     main = container(workload)
     main["resources"].setdefault("requests", {}).setdefault("cpu", "100m")
     main["lifecycle"] = {"preStop": {"sleep": {"seconds": PRE_STOP_S}}}
@@ -117,13 +130,14 @@ def _service(workload: Workload, name: str, revision: str) -> dict[str, Any]:
         "metadata": metadata(workload, name, revision=name != workload.name),
         "spec": {
             "selector": selector(workload, revision),
-            "ports": [{"name": "http", "port": _HTTP_PORT, "targetPort": PORT, "protocol": "TCP"}],
+            "ports": [{"name": "http", "port": HTTP_PORT, "targetPort": PORT, "protocol": "TCP"}],
         },
     }
 
 
 def _autoscaler(workload: Workload) -> dict[str, Any]:
     scale = workload.spec.scale
+    settle_s = min(math.ceil(max(scale.window_s, scale.scale_down_delay_s)), 3600)  # the API takes an hour at most
     return {
         "apiVersion": "autoscaling/v2",
         "kind": "HorizontalPodAutoscaler",
@@ -143,39 +157,8 @@ def _autoscaler(workload: Workload) -> dict[str, Any]:
             ],
             "behavior": {
                 "scaleUp": {"stabilizationWindowSeconds": 0},
-                "scaleDown": {"stabilizationWindowSeconds": math.ceil(max(scale.window_s, scale.scale_down_delay_s))},
+                "scaleDown": {"stabilizationWindowSeconds": settle_s},
             },
-        },
-    }
-
-
-def _http_scaled_object(workload: Workload, options: KubernetesOptions) -> dict[str, Any]:
-    scale = workload.spec.scale
-    if scale.metric == "rps":
-        metric = {
-            "requestRate": {
-                "targetValue": math.ceil(scale.target or _DEFAULT_RPS),
-                "window": f"{math.ceil(scale.window_s)}s",
-            }
-        }
-    else:
-        metric = {"concurrency": {"targetValue": math.ceil(scale.target or scale.concurrency or _DEFAULT_TARGET)}}
-    return {
-        "apiVersion": "http.keda.sh/v1alpha1",
-        "kind": "HTTPScaledObject",
-        "metadata": metadata(workload, workload.revision_name),
-        "spec": {
-            "hosts": [_host(workload, options)],
-            "scaleTargetRef": {
-                "apiVersion": "apps/v1",
-                "kind": "Deployment",
-                "name": workload.revision_name,
-                "service": workload.revision_name,
-                "port": _HTTP_PORT,
-            },
-            "replicas": {"min": scale.min, "max": scale.max},
-            "scaledownPeriod": math.ceil(scale.window_s + scale.grace_s),
-            "scalingMetric": metric,
         },
     }
 
@@ -210,28 +193,3 @@ def _service_account(workload: Workload) -> dict[str, Any]:
         "metadata": metadata(workload, workload.name, revision=False),
         "automountServiceAccountToken": False,
     }
-
-
-def _http_route(workload: Workload, options: KubernetesOptions) -> dict[str, Any]:
-    traffic = dict(workload.traffic) or {workload.revision: 100}
-    return {
-        "apiVersion": "gateway.networking.k8s.io/v1",
-        "kind": "HTTPRoute",
-        "metadata": metadata(workload, workload.name, revision=False),
-        "spec": {
-            "parentRefs": [{"name": options.gateway}],
-            "hostnames": [_host(workload, options)],
-            "rules": [
-                {
-                    "backendRefs": [
-                        {"name": f"{workload.name}-{revision}", "port": _HTTP_PORT, "weight": share}
-                        for revision, share in sorted(traffic.items())
-                    ]
-                }
-            ],
-        },
-    }
-
-
-def _host(workload: Workload, options: KubernetesOptions) -> str:
-    return options.host or f"{workload.name}.{workload.namespace}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mlfuncs_runtime.manifests.routing import KubernetesOptions, reference_grant
 from mlfuncs_runtime.manifests.workload import MANAGER
 
 _WRITE = ["create", "delete", "get", "list", "patch", "update", "watch"]
@@ -22,17 +23,20 @@ _RULES: tuple[tuple[str, list[str], list[str]], ...] = (
     ("batch", ["jobs"], _WRITE),
     ("serving.knative.dev", ["services"], _WRITE),
     ("serving.knative.dev", ["revisions"], _READ),
-    ("http.keda.sh", ["httpscaledobjects"], _WRITE),
+    ("http.keda.sh", ["interceptorroutes"], _WRITE),
+    ("keda.sh", ["scaledobjects"], _WRITE),
     ("gateway.networking.k8s.io", ["httproutes"], _WRITE),
 )
 _DEPLOYER = "mlfuncs-deployer"
 
 
-def render_platform(namespace: str) -> list[dict[str, Any]]:
+def render_platform(namespace: str, options: KubernetesOptions = KubernetesOptions()) -> list[dict[str, Any]]:
     """The namespace under the restricted pod security standard, and a deployer that may do what targets need there.
 
-    The Role reads no Secret: functions refer to secrets, and nobody who deploys them sees a value.
+    The Role reads no Secret: functions refer to secrets, and nobody who deploys them sees a value. With KEDA behind a
+    Gateway, KEDA's namespace gets the grant that routes need.
     """
+    granted = [reference_grant(namespace, options.keda)] if options.keda and options.gateway else []
     labels = {"app.kubernetes.io/managed-by": MANAGER}
     enforced = {"pod-security.kubernetes.io/enforce": "restricted", "pod-security.kubernetes.io/warn": "restricted"}
     own = {"name": _DEPLOYER, "namespace": namespace, "labels": labels}
@@ -56,6 +60,7 @@ def render_platform(namespace: str) -> list[dict[str, Any]]:
             "metadata": {"name": "mlfuncs-default-deny", "namespace": namespace, "labels": labels},
             "spec": {"podSelector": {}, "policyTypes": ["Ingress"]},
         },
+        *granted,
     ]
 
 
