@@ -35,6 +35,7 @@ ADAPTERS: dict[str, tuple[str, str]] = {
     "cli:features": ("mlfuncs_featurestore.cli:features", "featurestore"),
     "features:reader": ("mlfuncs_featurestore.serving:FeatureReader", "featurestore"),
     "features:redis": ("mlfuncs_featurestore.redis_embedded:ensure_embedded", "featurestore"),
+    "features:lend": ("mlfuncs_featurestore.lending:lend", "featurestore"),
     "features:stop": ("mlfuncs_featurestore.redis_embedded:stop_embedded", "featurestore"),
 }
 

@@ -27,7 +27,8 @@ _ALIASES = {
     "@annually": "0 0 1 1 *",
 }
 _SECRET = re.compile(r"secret:[A-Za-z_][A-Za-z0-9_]*")
-_PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@")
+_PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@|[?&]password=")
+_SCHEMES = ("redis", "rediss", "unix", "redis+cluster", "rediss+cluster")
 
 
 def five_fields(schedule: str) -> str:
@@ -75,8 +76,10 @@ class Cron:
 class RedisStream:
     """Calls the endpoint with each entry of a Redis stream, through a consumer group: at least once, in any order.
 
-    `url` (default: MLFUNCS_REDIS_URL) may be "secret:NAME"; one with a password in it is refused, because it would be
-    in the bundle. After `max_tries` failed calls an entry goes to `<stream>.dead` with the reason.
+    `url` (default: MLFUNCS_REDIS_URL, else the embedded server of the home) is redis://, rediss://, unix://,
+    redis+cluster:// or rediss+cluster://, or "secret:NAME"; one with a password in it is refused, because it would be
+    in the bundle. After `max_tries` failed calls an entry goes to `<stream>.dead` (in a cluster `{<stream>}.dead`) with
+    the reason.
     """
 
     kind: ClassVar[str] = "redis-stream"
@@ -193,7 +196,9 @@ def _check_count(name: str, value: Any) -> None:
 def _check_address(url: str | None) -> None:
     if url is None or _SECRET.fullmatch(url):
         return
-    _require("://" in url, "url must be like 'redis://host:6379/0' or 'secret:NAME'")
+    known = url.partition("://")[0] in _SCHEMES and "://" in url
+    schemes = ", ".join(_SCHEMES)
+    _require(known, f"url must be like 'redis://host:6379/0' or 'secret:NAME', with one of the schemes {schemes}")
     _require(not _PASSWORD.search(url), "the url has a password in it: put it in a secret and write url='secret:NAME'")
 
 

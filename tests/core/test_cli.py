@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -223,6 +224,26 @@ def test_status_leaves_out_columns_that_say_nothing(ask: Any):
     assert "panic" not in _text(values) and "p99" not in _text(values)
     values["endpoints"][0]["load"] = {"panicking": True, "p99_ms": 3.0}
     assert "panic" in _text(values) and "p99" in _text(values)
+
+
+def test_watching_into_a_pipe_prints_plain_lines_when_something_changed(ask: Any):
+    command = [sys.executable, "-m", "mlfuncs", "status", "--watch"]
+    watching = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert watching.stdout is not None
+    seen = []
+    try:
+        first = watching.stdout.readline()
+        ask("deploy", "work.py:plain", "--target", "memory")
+        for line in watching.stdout:
+            seen.append(line)
+            if line.strip().startswith("plain"):
+                break
+    finally:
+        watching.terminate()
+        watching.wait(30)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  not running\n", first)
+    assert any(line.strip().startswith("plain") for line in seen)
+    assert not any("\x1b" in line for line in seen)
 
 
 def test_values_on_the_command_line(tmp_path: Path):

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -86,7 +89,23 @@ def status() -> list[dict[str, Any]]:
     return [dict(trigger) for trigger in endpoint("score").status().triggers]
 
 
-def test_a_killed_trigger_process_loses_no_message_and_poison_goes_aside(live: Path, redis_url: str) -> None:
+def metrics(url: str) -> dict[str, float]:
+    """The samples of mlfuncs_trigger_* of the home's only trigger; promtool has found nothing wrong with any."""
+    with urllib.request.urlopen(f"{url.rpartition('/')[0]}/-/metrics", timeout=10) as answer:
+        text = answer.read().decode()
+    subprocess.run(["promtool", "check", "metrics"], input=text, text=True, check=True, capture_output=True)
+    found = re.findall(r"^mlfuncs_trigger_(\w+)\{.*\} (\S+)$", text, re.MULTILINE)
+    return {name: float(value) for name, value in found}
+
+
+def run_command(*arguments: str) -> str:
+    command = [sys.executable, "-m", "mlfuncs", *arguments]
+    return subprocess.run(command, text=True, check=True, capture_output=True, timeout=60).stdout
+
+
+def test_a_killed_trigger_process_loses_no_message_and_poison_goes_aside(
+    live: Path, redis_url: str, require: Callable[[str, object], None]
+) -> None:
     out = str(live.parent / "out.txt")
 
     def score(number: int, wait_s: float = 0.0) -> int:
@@ -123,6 +142,20 @@ def test_a_killed_trigger_process_loses_no_message_and_poison_goes_aside(live: P
     assert reasons[b"-1"].startswith("HandlerFailed") and reasons[b"no number"].startswith("InvalidInput")
     told = wait_until(lambda: [t for t in status() if t.get("buried") == 2], "the status")[0]
     assert told["kind"] == "redis-stream" and told["state"] == "running" and trigger_pid() != first
+    require("promtool", shutil.which("promtool"))
+    told = wait_until(lambda: [t for t in status() if t["in_flight"] == 0], "nothing to be in flight")[0]
+    samples = wait_until(lambda: (m := metrics(place.url)) and not m["in_flight_messages"] and m, "the metrics")
+    assert samples["up"] == 1.0 and samples["dead_lettered_total"] == 2.0
+    assert samples["delivered_total"] == told["served"] >= 40 and samples["failed_calls_total"] >= 3.0
+    assert samples["retries_total"] == told["retried"] >= 1
+    assert abs(samples["last_delivery_timestamp_seconds"] - time.time()) < 60
+    wait_until(lambda: metrics(place.url).get("waiting_messages") == 0.0, "the lag, which is looked at now and then")
+    shown = run_command("status")
+    assert "score < redis-stream orders (score): running" in shown and "0 waiting, 0 in flight, 2 put aside" in shown
+    assert run_command("down").startswith("stopped")
+    assert "none until 'mlfuncs up'" in run_command("ls")  # port 0: which comes next is not known
+    (row,) = json.loads(run_command("status", "--json"))["endpoints"]
+    assert row["state"] == "stopped" and row["url"] == "" and "mlfuncs up" in row["message"]
 
 
 def test_cron_fires_a_missed_tick_once_and_down_ends_the_process(live: Path) -> None:

@@ -11,6 +11,7 @@ import random
 import time
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mlfuncs.errors import MlfuncsError, NotFound, TooLarge, Unauthorized, Unavailable
@@ -41,6 +42,7 @@ class RouterOptions:
     stall_timeout_s: float = 60.0  # without a byte of a body, or of room for an answer
     drain_timeout_s: float = 60.0  # after SIGTERM
     access_log: str = ""  # "", "text" or "json"
+    triggers: Path | None = None  # where the trigger process says how it goes
     spans: RouterSpans | None = None  # where finished requests go; None: nowhere
     log: logging.Logger = field(default_factory=lambda: logging.getLogger("mlfuncs.router"))
 

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING
 from httptools import HttpParserError, HttpResponseParser
 
 from mlfuncs_runtime import tracing
+from mlfuncs_runtime.supervisor.places import read_json
+from mlfuncs_runtime.triggers.metrics import HELP as TRIGGERS_HELP
+from mlfuncs_runtime.triggers.metrics import add_triggers
 from mlfuncs_runtime.worker.metrics import CONTENT_TYPE
 
 if TYPE_CHECKING:
@@ -172,6 +175,8 @@ def _add_router(core: Core, families: Families) -> None:
             add("mlfuncs_concurrent_requests", of_revision, state.meter.active)
     for status, number in sorted(core.refused.items()):
         add("mlfuncs_requests_refused_total", {"code": str(status)}, number)
+    if core.options.triggers is not None:
+        add_triggers(add, read_json(core.options.triggers) or {})
     add("mlfuncs_router_connections", {}, len(core.clients))
     if core.spans is not None:
         add("mlfuncs_spans_exported_total", {}, core.spans.export.exported)
@@ -180,6 +185,7 @@ def _add_router(core: Core, families: Families) -> None:
 
 
 _HELP = {
+    **TRIGGERS_HELP,
     "mlfuncs_requests_total": ("counter", "Requests by HTTP status; 499 is a caller that went away."),
     "mlfuncs_request_duration_seconds": ("histogram", "Time from a request's arrival to the end of its answer."),
     "mlfuncs_queue_requests": ("gauge", "Requests that wait for a replica."),

@@ -150,6 +150,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--control", type=Path, help="path of the Unix socket that takes orders")
     parser.add_argument("--supervisor", type=Path, help="path of the supervisor's socket")
     parser.add_argument("--state", type=Path, help="file that keeps the table between two routers")
+    parser.add_argument("--triggers", type=Path, help="file in which the trigger process says how it goes")
     parser.add_argument("--token-sha256", action="append", default=[], help="digest of a token that callers may send")
     parser.add_argument("--access-log", choices=["", "text", "json"], default="")
     return parser.parse_args(arguments)
@@ -186,7 +187,9 @@ def main(command_line: Sequence[str] | None = None) -> int:
     gc.collect()
     gc.freeze()
     gc.set_threshold(_GC_ALLOCATIONS)  # requests hold no cycles; looking for some took 2 us of each (measured)
-    options = RouterOptions(token_sha256=tuple(digests), access_log=arguments.access_log, spans=spans)
+    options = RouterOptions(
+        token_sha256=tuple(digests), access_log=arguments.access_log, triggers=arguments.triggers, spans=spans
+    )
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(serve(listener, options, arguments))
     return 0

@@ -56,6 +56,11 @@ class Places:
         return self.run / "routes.json"
 
     @property
+    def triggers_status(self) -> Path:
+        """How the triggers go, by the trigger process."""
+        return self.run / "triggers-status.json"
+
+    @property
     def configs(self) -> Path:
         """Documents that workers and zygotes read at start."""
         return self.run / "configs"

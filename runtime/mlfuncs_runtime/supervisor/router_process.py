@@ -137,6 +137,7 @@ class RouterProcess:
             *("--control", str(self._places.router_socket)),
             *("--supervisor", str(self._places.supervisor_socket)),
             *("--state", str(self._places.routes_json)),
+            *("--triggers", str(self._places.triggers_status)),
         )
         env = {**os.environ, **self._settings.to_environ()}
         log_path = self._places.logs / "router.log"

@@ -36,11 +36,6 @@ def table_path(places: Places) -> Path:
     return places.run / "triggers.json"
 
 
-def status_path(places: Places) -> Path:
-    """How it goes, by the trigger process."""
-    return places.run / "triggers-status.json"
-
-
 def process_path(places: Places) -> Path:
     """Which process it is and the token it shows, for the next supervisor."""
     return places.run / "trigger-process.json"
@@ -93,7 +88,7 @@ class Triggers:
 
     def status(self, endpoint: str) -> list[dict[str, Any]]:
         """One endpoint's triggers: kind, label, state, counts and the last error."""
-        told = (read_json(status_path(self._places)) or {}) if self._process else {}
+        told = (read_json(self._places.triggers_status) or {}) if self._process else {}
         idle = {"state": "starting" if self._process else "stopped"}
         return [
             {"kind": entry.trigger.kind, "label": entry.trigger.label, **(told.get(entry.key) or idle)}
@@ -106,7 +101,7 @@ class Triggers:
         if self._process is not None:
             processes.stop_sync([self._process], timeout_s)
             self._process = None
-        for path in (table_path(self._places), status_path(self._places), process_path(self._places)):
+        for path in (table_path(self._places), self._places.triggers_status, process_path(self._places)):
             path.unlink(missing_ok=True)
 
     def _notice_end(self) -> None:

@@ -18,6 +18,7 @@ from mlfuncs.triggers import KafkaTopic
 from mlfuncs_runtime.triggers.pump import Message
 
 _FLUSH_S = 10.0
+_LOOK_EVERY_S = 5.0  # how often it is asked how much waits
 Partition = tuple[str, int]
 
 
@@ -68,12 +69,15 @@ class KafkaSource:
             raise SpecError(f"Kafka topic {spec.topic!r}: the options are not valid ({exc})") from exc
         self._offsets: dict[Partition, Offsets] = {}
         self._paused = False
+        self.waiting: int | None = None
+        self._look_next_s = 0.0
         self._consumer.subscribe([spec.topic], on_assign=self._assigned, on_revoke=self._lost, on_lost=self._lost)
 
     def receive(self, limit: int, wait_s: float) -> Sequence[Message]:
         """Records as they come; with no room the partitions are paused, and the group still hears of us."""
         with self._talking():
             self._pause(limit < 1)
+            self._look()
             deadline_s = time.monotonic() + wait_s
             found: list[Message] = []
             while len(found) < max(1, limit):
@@ -129,6 +133,18 @@ class KafkaSource:
         partition = (record.topic(), record.partition())
         self._offsets.setdefault(partition, Offsets()).taken(record.offset())
         return Message(f"{partition[0]}-{partition[1]}-{record.offset()}", record.value() or b"null", 1, record)
+
+    def _look(self) -> None:
+        """See how much waits in our partitions, from what the last fetches told; no request of its own."""
+        if time.monotonic() < self._look_next_s:
+            return
+        self._look_next_s = time.monotonic() + _LOOK_EVERY_S
+        known = []
+        for place in self._consumer.position(self._consumer.assignment()):
+            _, high = self._consumer.get_watermark_offsets(place, cached=True)
+            if place.offset >= 0 <= high:
+                known.append(max(0, high - place.offset))
+        self.waiting = sum(known) if known else None
 
     def _pause(self, wanted: bool) -> None:
         if wanted != self._paused:

@@ -21,7 +21,7 @@ from mlfuncs.errors import MlfuncsError
 from mlfuncs.serving.request_context import watch_calls
 from mlfuncs.settings import Settings, read_settings
 from mlfuncs_runtime.supervisor.places import Places, make_places, read_json, write_json
-from mlfuncs_runtime.supervisor.triggers import TOKEN, status_path, table_path
+from mlfuncs_runtime.supervisor.triggers import TOKEN, table_path
 from mlfuncs_runtime.tracing import SpanExport, note_call, open_export
 from mlfuncs_runtime.triggers.calls import Callee
 from mlfuncs_runtime.triggers.runners import CronMemories, Runner, make_runner
@@ -58,6 +58,7 @@ class TriggerProcess:
             self._tell()
             stop.wait(_LOOK_EVERY_S)
         self._end(list(self._runners.values()))
+        write_json(self._places.triggers_status, {})
         if export is not None:
             export.stop()
 
@@ -93,9 +94,12 @@ class TriggerProcess:
                 runner.start()
 
     def _tell(self) -> None:
-        status = {key[0]: runner.status() for key, runner in self._runners.items()}
+        status = {
+            key[0]: {"kind": runner.entry.trigger.kind, "label": runner.entry.trigger.label, **runner.status()}
+            for key, runner in self._runners.items()
+        }
         if status != self._told:
-            write_json(status_path(self._places), status)
+            write_json(self._places.triggers_status, status)
             self._told = status
 
     def _end(self, runners: list[Runner]) -> None:

@@ -38,6 +38,8 @@ class Message:
 class Source(Protocol):
     """Where messages come from. Every method may raise Unavailable; the pump asks again later."""
 
+    waiting: int | None  # messages that nobody was handed yet, as last seen; None: not known
+
     def receive(self, limit: int, wait_s: float) -> Sequence[Message]:
         """Up to `limit` messages, those left over by an earlier process first; waits up to `wait_s` for one."""
 
@@ -77,6 +79,7 @@ class Counts:
     """What a pump did since it started."""
 
     served: int = 0
+    failed: int = 0  # calls, not messages
     retried: int = 0
     buried: int = 0
     held: int = 0
@@ -101,6 +104,11 @@ class Pump:
         self._waiting: list[tuple[float, Message, bool]] = []  # due, message, whether that is one more try
         self._unsettled: list[tuple[Message, str | None]] = []  # answered, the source not told yet
         self._held_until_s = self._kept_s = clock()
+
+    @property
+    def waiting(self) -> int | None:
+        """Messages of the source that nobody was handed yet; None: not known."""
+        return self._source.waiting
 
     @property
     def in_flight(self) -> int:
@@ -184,6 +192,7 @@ class Pump:
 
     def _failed(self, message: Message, failure: Failure) -> None:
         now_s = self._clock()
+        self.counts.failed += 1
         self._note(failure.reason)
         if failure.fault is Fault.HOLD:
             self.counts.held += 1

@@ -1,5 +1,8 @@
 """Messages from a Redis stream by a consumer group (Redis 6.2 or newer; redis.io/docs/latest/commands/xautoclaim).
 
+The server is one alone or a cluster. In a cluster the stream of dead letters must lie in the slot of the stream, or no
+step could write the one and acknowledge in the other: its name then has the stream's as hash tag, `{orders}.dead`.
+
 An entry is pending at this home's consumer from the moment it is read until it is acknowledged, and Redis counts how
 often it was handed out; a process that dies loses nothing. The next one of this home takes its own pending entries
 at once; those of a consumer that is gone are claimed when nobody touched them for `claim_after_s`.
@@ -19,16 +22,21 @@ from mlfuncs_runtime.triggers.pump import Message
 
 CLAIM_AFTER_S = 60.0
 _CLAIM_EVERY_S = 10.0
+_LOOK_EVERY_S = 5.0  # how often it is asked how much waits
 _TIMEOUT_S = 5.0
+_BURY = "redis.call('xadd', KEYS[2], '*', unpack(ARGV, 3)); return redis.call('xack', KEYS[1], ARGV[1], ARGV[2])"
 
 
 class RedisStreamSource:
-    """A `Source` over one stream and group. `consumer` names this home, the same at every start."""
+    """A `Source` over one stream and group. `consumer` names this home, the same at every start.
+
+    `find` gives the server's URL, and starts the server when it is ours; it is asked again when the server is gone.
+    """
 
     def __init__(
         self,
         spec: RedisStream,
-        url: str,
+        find: Callable[[], str],
         consumer: str,
         claim_after_s: float = CLAIM_AFTER_S,
         clock: Callable[[], float] = time.monotonic,
@@ -39,22 +47,24 @@ class RedisStreamSource:
             raise MissingExtra("a Redis stream as trigger", "triggers") from exc
         self._spec, self._consumer, self._claim_after_ms = spec, consumer, int(claim_after_s * 1000)
         self._clock = clock
-        try:
-            self._redis: Any = redis.Redis.from_url(url, socket_timeout=_TIMEOUT_S, socket_connect_timeout=_TIMEOUT_S)
-        except ValueError as exc:
-            raise SpecError(f"stream {spec.stream!r}: the Redis address is not valid ({exc})") from exc
-        self._errors = redis.RedisError
+        self._find, self._gone = find, redis.ConnectionError
+        self._errors = (redis.RedisError, redis.exceptions.RedisClusterException)
+        self.waiting: int | None = None
+        self._look_next_s = clock()
+        self._redis: Any = self._connect()
+        self._dead = dead_stream(spec.stream, isinstance(self._redis, redis.RedisCluster))
         self._has_group = False
         self._own_after: str | None = "-"  # where the next look at our own pending entries begins; None: all seen
         self._claim_from, self._claim_next_s = "0-0", clock()
 
     def receive(self, limit: int, wait_s: float) -> Sequence[Message]:
         """Own pending entries first, then stale ones of others, then new ones."""
-        if limit < 1:
-            time.sleep(wait_s)
-            return []
         with self._talking():
             self._make_group()
+            self._look()
+            if limit < 1:
+                time.sleep(wait_s)
+                return []
             found = self._own_pending(limit)
             if not found and self._clock() >= self._claim_next_s:
                 found = self._stale(limit)
@@ -66,13 +76,11 @@ class RedisStreamSource:
             self._redis.xack(self._spec.stream, self._spec.group, message.id)
 
     def bury(self, message: Message, reason: str) -> None:
-        """Copy it to `<stream>.dead` and acknowledge it, both or neither."""
+        """Copy it to the stream of dead letters and acknowledge it, both or neither."""
         note = {"mlfuncs-id": message.id, "mlfuncs-reason": reason[:2000], "mlfuncs-tries": message.tries}
+        fields = [part for pair in {**message.raw, **note}.items() for part in pair]
         with self._talking():
-            pipeline = self._redis.pipeline(transaction=True)
-            pipeline.xadd(f"{self._spec.stream}.dead", {**message.raw, **note})
-            pipeline.xack(self._spec.stream, self._spec.group, message.id)
-            pipeline.execute()
+            self._redis.eval(_BURY, 2, self._spec.stream, self._dead, self._spec.group, message.id, *fields)
 
     def retried(self, message: Message) -> None:
         """Count one more delivery in Redis."""
@@ -138,6 +146,27 @@ class RedisStreamSource:
             for entry_id, fields in entries
         ]
 
+    def _connect(self) -> Any:
+        import redis
+
+        options = {"socket_timeout": _TIMEOUT_S, "socket_connect_timeout": _TIMEOUT_S}
+        url = self._find()
+        plain = url.replace("+cluster", "", 1)
+        with self._talking():
+            try:
+                return (redis.Redis if plain == url else redis.RedisCluster).from_url(plain, **options)
+            except ValueError as exc:
+                raise SpecError(f"stream {self._spec.stream!r}: the Redis address is not valid ({exc})") from exc
+
+    def _look(self) -> None:
+        """Ask how much waits: the group's lag, which Redis tells from 7.0 on, unless entries were deleted."""
+        if self._clock() < self._look_next_s:
+            return
+        self._look_next_s = self._clock() + _LOOK_EVERY_S
+        groups = {_text(group["name"]): group for group in self._redis.xinfo_groups(self._spec.stream)}
+        lag = groups.get(self._spec.group, {}).get("lag")
+        self.waiting = None if lag is None else int(lag)
+
     def _make_group(self) -> None:
         """The group begins with what is in the stream already."""
         if self._has_group:
@@ -156,7 +185,18 @@ class RedisStreamSource:
         except self._errors as exc:
             if "NOGROUP" in str(exc):
                 self._has_group = False  # the stream was deleted: it and the group are made again
+            if isinstance(exc, self._gone):
+                self._find()
             raise Unavailable(f"Redis stream {self._spec.stream!r} cannot be used: {exc}") from exc
+
+
+def dead_stream(stream: str, is_cluster: bool) -> str:
+    """Where the dead letters of a stream go.
+
+    >>> dead_stream("orders", False), dead_stream("orders", True), dead_stream("{shop}.orders", True)
+    ('orders.dead', '{orders}.dead', '{shop}.orders.dead')
+    """
+    return f"{{{stream}}}.dead" if is_cluster and "{" not in stream else f"{stream}.dead"
 
 
 def body_of(fields: Mapping[bytes, bytes]) -> bytes:

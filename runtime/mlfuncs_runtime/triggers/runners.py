@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from mlfuncs import adapters
 from mlfuncs.errors import MlfuncsError, SpecError
 from mlfuncs.secrets import resolve_secrets
 from mlfuncs.serving.client import encode
@@ -103,7 +104,8 @@ class CronRunner(Runner):
         self.cron = entry.trigger
         self._memories, self._now = memories, now
         self._fired: list[threading.Thread] = []
-        self._counts = {"served": 0, "retried": 0, "failed": 0, "dropped": 0}
+        self._counts = {"served": 0, "failed": 0, "retried": 0, "given_up": 0, "dropped": 0}
+        self._last_at = 0.0
         self._last_error = ""
 
     def turn(self) -> datetime:
@@ -137,7 +139,8 @@ class CronRunner(Runner):
         memory = self._memories.get(self.entry.key)
         fired = memory.fired.isoformat() if memory and memory.fired else None
         coming = next_time(self.cron.schedule, self._now(), self.cron.time_zone)
-        values = {"fired": fired, "next": coming.isoformat() if coming else None, "last_error": self._last_error}
+        values = {"fired": fired, "next": coming.isoformat() if coming else None}
+        values |= {"last_at": self._last_at, "last_error": self._last_error}
         return {"state": "running" if any(t.is_alive() for t in self._fired) else "waiting", **self._counts, **values}
 
     def _serve(self) -> None:
@@ -152,9 +155,11 @@ class CronRunner(Runner):
             try:
                 self.callee.call(body, request_id)
                 self._counts["served"] += 1
+                self._last_at = time.time()
                 return
             except MlfuncsError as exc:
                 failure = judge_failure(exc)
+            self._counts["failed"] += 1
             self._last_error = failure.reason[:500]
             spent = failure.fault is Fault.REFUSED or tries >= self.cron.max_tries
             if (spent and failure.fault is not Fault.HOLD) or time.monotonic() > give_up_s:
@@ -162,7 +167,7 @@ class CronRunner(Runner):
             tries += failure.fault is Fault.FAILED
             self._counts["retried"] += 1
             self.stopping.wait(failure.wait_s or policy.delay_s(tries))
-        self._counts["failed"] += 1
+        self._counts["given_up"] += 1
         log.error("%s: the tick of %s failed: %s", self.entry.key, tick, self._last_error)
 
 
@@ -178,7 +183,8 @@ class StreamRunner(Runner):
         """State, messages in flight, counts and the last error."""
         if self._pump is None:
             return {"state": "failing" if self._problem else "starting", "last_error": self._problem}
-        return {"state": "running", "in_flight": self._pump.in_flight, **vars(self._pump.counts)}
+        pump = self._pump
+        return {"state": "running", "waiting": pump.waiting, "in_flight": pump.in_flight, **vars(pump.counts)}
 
     def _serve(self) -> None:
         trigger = self.entry.trigger
@@ -212,9 +218,10 @@ def _open_redis(trigger: RedisStream, settings: Settings, consumer: str) -> Sour
     from mlfuncs_runtime.triggers.redis import RedisStreamSource
 
     url = _plain(trigger.url or settings.redis_url, settings)
-    if not url:
-        raise SpecError(f"stream {trigger.stream!r} has no server: set MLFUNCS_REDIS_URL, or RedisStream(..., url=...)")
-    return RedisStreamSource(trigger, url, consumer)
+    if url:
+        return RedisStreamSource(trigger, lambda: url, consumer)
+    ensure = adapters.load("features:redis")
+    return RedisStreamSource(trigger, lambda: f"unix://{ensure(settings)}", consumer)
 
 
 def _open_kafka(trigger: KafkaTopic, settings: Settings) -> Source:
