@@ -5,6 +5,7 @@ Owns: the click group `features`. Every command takes --json.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -176,16 +177,29 @@ def serve(host: str, port: int, sample_rate: float, json_wanted: bool) -> None:
 @as_json
 def consume(view: str, block_ms: int, follow: bool, json_wanted: bool) -> None:
     """Push what waits in the view's Redis Stream."""
+    from mlfuncs_featurestore.flusher import Flusher
     from mlfuncs_featurestore.stream import StreamReader
 
-    reader = StreamReader(_store(), view)
-    while True:
-        done = reader.consume(block_ms or (1000 if follow else 0))
-        if not follow or done.rows or done.rejected:
-            text = f"{view}: {done.rows} rows pushed, {done.rejected} entries set aside"
-            emit(dataclasses.asdict(done), json_wanted, text)
-        if not follow:
-            return
+    store = _store()
+    reader = StreamReader(store, view)
+    with Flusher(store) if follow else contextlib.nullcontext():
+        while True:
+            done = reader.consume(block_ms or (1000 if follow else 0))
+            if not follow or done.rows or done.rejected:
+                text = f"{view}: {done.rows} rows pushed, {done.rejected} entries set aside"
+                emit(dataclasses.asdict(done), json_wanted, text)
+            if not follow:
+                return
+
+
+@features.command()
+@click.argument("view", required=False)
+@as_json
+def flush(view: str | None, json_wanted: bool) -> None:
+    """Commit pushed rows that wait in this home's log to the offline table (of VIEW, or of every view)."""
+    done = _store().flush(view)
+    text = "\n".join(f"{name}: {rows} rows committed" for name, rows in done.items()) or "nothing was pushed here"
+    emit({"rows": done}, json_wanted, text)
 
 
 @features.command(name="list")

@@ -97,6 +97,9 @@ def ingest(store: FeatureStore, view: str, rows: Any = None, **options: Any) -> 
         rows = str(definition.source)
     if chosen.deleted and definition.event_id is None:
         raise SpecError(f"view {view!r} has no event_id, so a delete cannot say which event it means")
+    from mlfuncs_featurestore.push import flush
+
+    flush(store, view)
     tables = read_tables(rows, chosen.batch_rows)
     if definition.transform is not None or definition.transform_bundle:
         tables = _transformed(tables, store.catalog.code(definition))

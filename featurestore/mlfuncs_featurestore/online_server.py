@@ -30,6 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from mlfuncs.errors import InvalidInput, MlfuncsError, SpecError, Unauthorized
 from mlfuncs.settings import Settings
+from mlfuncs_featurestore.flusher import Flusher
 from mlfuncs_featurestore.online_metrics import CONTENT_TYPE, FeatureMetrics
 from mlfuncs_featurestore.online_result import OnlineFeatures
 from mlfuncs_featurestore.store import FeatureStore
@@ -148,7 +149,8 @@ def serve(settings: Settings, host: str = "127.0.0.1", port: int = 6566, sample_
     check_address(host, settings.token)
     store = FeatureStore(settings)
     store.online.rows.read([b"mlfuncs"])  # say now when Redis is away
-    uvicorn.run(make_app(store, sample_rate), host=host, port=port, log_level=settings.log_level.lower())
+    with Flusher(store):
+        uvicorn.run(make_app(store, sample_rate), host=host, port=port, log_level=settings.log_level.lower())
 
 
 def check_address(host: str, token: str) -> None:

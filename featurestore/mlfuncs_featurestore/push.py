@@ -8,9 +8,15 @@ acknowledged, and which the next flush completes: it writes the rows online agai
 then commits them. While Redis is away a pending push stays out of the table too, so that it is nowhere or in both.
 
 A flush is one commit. What it is about to commit is noted first, under the commit's id; the next flush after a crash
-looks for that id in the table's log, so that nothing is committed twice. It runs when the log has grown, and before
-every read of history in this home (`get_historical_features`, `materialize`, `verify`): those see every acknowledged
-push.
+looks for that id in the table's log, so that nothing is committed twice. It runs
+
+- in a push, when the log is over FLUSH_BYTES, at every FLUSH_PUSHES-th push, or when a row waits FLUSH_AGE_S seconds;
+- before an ingest into the view, and before every read of history in this home (`get_historical_features`,
+  `materialize`, `verify`, `check_skew`): those see every acknowledged push;
+- when the store is closed, and when asked for (`store.flush()`, `mlfuncs features flush`);
+- every FLUSH_AGE_S seconds in `mlfuncs features serve` and `mlfuncs features consume --follow` (`flusher`).
+
+Between these, rows wait in the log of the home that took the push: durable, online, and not yet in the table.
 """
 
 from __future__ import annotations
@@ -45,6 +51,7 @@ if TYPE_CHECKING:
 
 FLUSH_BYTES = 8 * 2**20  # a log of this size is committed by the push that made it so
 FLUSH_PUSHES = 512
+FLUSH_AGE_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -109,7 +116,8 @@ def push(
     log.mark_online(logged)
     for warning in checked.warnings:
         say_once(warning)
-    if log.size > FLUSH_BYTES or logged.number % FLUSH_PUSHES == 0:
+    is_old = time.time_ns() - log.waits_since_ns > FLUSH_AGE_S * 1e9
+    if is_old or log.size > FLUSH_BYTES or logged.number % FLUSH_PUSHES == 0:
         flush(store, view)
     return PushReport(view, logged.push_id, logged.rows.num_rows, checked.aside.num_rows, checked.warnings)
 

@@ -52,6 +52,7 @@ class _Tail:
     end: int = 0
     number: int = 0  # of the last push
     sequence: int = 0  # the first ingest number that is free
+    oldest_ns: int = 0  # when the first push that waits was logged
     pending: set[str] = field(default_factory=set)
 
     def take(self, head: dict[str, Any]) -> None:
@@ -59,6 +60,7 @@ class _Tail:
         self.number = max(self.number, head.get("number", 0))
         self.sequence = max(self.sequence, head.get("first", 0) + head.get("rows", 0))
         if "push" in head:
+            self.oldest_ns = self.oldest_ns or head["first"]
             self.pending.update([head["push"], *head["aliases"]])
 
 
@@ -75,6 +77,11 @@ class PushLog:
     def size(self) -> int:
         """Bytes in the log; what is pending is read only when this is not 0."""
         return sum(path.stat().st_size for path in self._segments())
+
+    @property
+    def waits_since_ns(self) -> int:
+        """The clock, in nanoseconds, when the oldest row that this process knows to wait was logged."""
+        return self._tail.oldest_ns or time.time_ns()
 
     def append(self, ids: Sequence[str], at_us: int, rows: pa.Table, aside: pa.Table) -> Push | None:
         """Log the rows durably and return them with their `__ingest` numbers; None when the push is known already.

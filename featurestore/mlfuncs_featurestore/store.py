@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from mlfuncs.settings import Settings, read_settings
 
@@ -28,10 +28,19 @@ if TYPE_CHECKING:
 
 
 class FeatureStore:
-    """One project's features: definitions in the registry, history in Delta Lake, latest values in Redis."""
+    """One project's features: definitions in the registry, history in Delta Lake, latest values in Redis.
+
+    It needs no closing; `close`, or a `with` block, commits what was pushed at once and ends the connections.
+    """
 
     def __init__(self, settings: Settings | None = None) -> None:
         self.settings = read_settings() if settings is None else settings
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @cached_property
     def catalog(self) -> Catalog:
@@ -106,6 +115,14 @@ class FeatureStore:
         from mlfuncs_featurestore.push import flush
 
         return flush(self, view)
+
+    def close(self) -> None:
+        """Commit pushed rows that wait in this home's log, and close the connections to Redis."""
+        from mlfuncs_featurestore.push import flush_waiting
+
+        flush_waiting(self)
+        if "online" in self.__dict__:
+            self.online.close()
 
     def materialize(self, view: str | None = None, **options: Any) -> MaterializeReport:
         """Bring the online store up to the offline tables' last commit; see `materialize.materialize`."""

@@ -7,11 +7,14 @@ import datetime
 import multiprocessing
 import os
 import signal
+import threading
+import time
 
 import pytest
 
 from mlfuncs.errors import InvalidInput, SpecError, StorageError, Unavailable
-from mlfuncs_featurestore import Entity, Expectation, FeatureStore, FeatureView, checkpoints
+from mlfuncs_featurestore import Entity, Expectation, FeatureStore, FeatureView, checkpoints, push
+from mlfuncs_featurestore.flusher import Flusher
 from mlfuncs_featurestore.pushlog import PushLog
 from mlfuncs_featurestore.redis_embedded import stop_embedded
 from mlfuncs_featurestore.verify import verify
@@ -206,3 +209,50 @@ def test_refusals_name_what_is_wrong(store):
     store.apply(FeatureView("cold", [USER], {"amount": "float64"}))
     with pytest.raises(SpecError, match="online=True"):
         store.push("cold", row(1, 1.0))
+
+
+def test_the_log_is_committed_at_each_of_the_moments_it_says(store, monkeypatch):
+    store.push("spend", row(1, 1.0), now=NOW)
+    store.push("spend", row(2, 1.0), now=NOW)
+    assert stored_rows(store) == 0  # two young, small pushes wait
+    monkeypatch.setattr(push, "FLUSH_AGE_S", 0.0)
+    store.push("spend", row(3, 1.0), now=NOW)
+    assert stored_rows(store) == 3  # one of them was old
+    monkeypatch.undo()
+    store.push("spend", row(4, 1.0), now=NOW)
+    monkeypatch.setattr(push, "FLUSH_BYTES", 10)
+    store.push("spend", row(5, 1.0), now=NOW)
+    assert stored_rows(store) == 5  # the log was large
+    monkeypatch.undo()
+    store.push("spend", row(6, 1.0), now=NOW)
+    store.ingest("spend", [row(7, 1.0)], now=NOW)
+    assert stored_rows(store) == 7
+    with again(store) as other:
+        other.push("spend", row(8, 1.0), now=NOW)
+    assert stored_rows(store) == 8  # closed
+
+
+def test_a_flusher_commits_in_the_background_and_at_the_end(store, monkeypatch):
+    with Flusher(store, every_s=0.01):
+        store.push("spend", row(1, 1.0), now=NOW)
+        deadline = time.monotonic() + 30
+        while not stored_rows(store):
+            assert time.monotonic() < deadline
+    with Flusher(store, every_s=3600):
+        store.push("spend", row(2, 1.0), now=NOW)
+    assert stored_rows(store) == 2
+
+
+def test_a_flusher_goes_on_after_a_fault(store, monkeypatch, caplog):
+    failed = threading.Event()
+
+    def refuse(*_, **__):
+        failed.set()
+        raise StorageError("the disk is full")
+
+    monkeypatch.setattr(push, "commit_pushes", refuse)
+    with Flusher(store, every_s=0.01):
+        store.push("spend", row(1, 1.0), now=NOW)
+        assert failed.wait(30)
+        monkeypatch.undo()
+    assert stored_rows(store) == 1 and "the disk is full" in caplog.text
