@@ -17,7 +17,9 @@ from mlfuncs_pipelines.inputs import Values
 from mlfuncs_pipelines.placeholders import local_path
 from mlfuncs_pipelines.run_log import from_json, to_json
 
-_CHUNK = 1 << 20
+_KNOWN_FILES = 4096
+State = tuple[str, int, int, int]  # path, size, time of change, inode
+_known: dict[State, str] = {}  # SHA-256 of files in that state
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class StepCache:
         entry = _read(self._entry(key))
         if entry is None or not are_intact(entry["stamps"]):
             return None
+        remember_digests(entry["digests"])
         return from_json(entry["outputs"])
 
     def put(self, key: Key, outputs: Values, origin: Mapping[str, str]) -> None:
@@ -50,6 +53,7 @@ class StepCache:
         body = {
             "outputs": to_json(outputs),
             "stamps": stamps_of(outputs),
+            "digests": _known_digests(outputs),
             "parts": dict(key.parts),
             "origin": dict(origin),
         }
@@ -92,8 +96,7 @@ class StepCache:
 
 def stamps_of(outputs: Values) -> list[dict[str, Any]]:
     """What shows later, at little cost, whether the local artifacts among `outputs` are still as they were written."""
-    paths = [local_path(artifact["uri"]) for items in outputs.artifacts.values() for artifact in items]
-    return [stamp_of(path) for path in paths if "://" not in path]
+    return [stamp_of(path) for path in _local_paths(outputs)]
 
 
 def are_intact(stamps: list[dict[str, Any]]) -> bool:
@@ -123,20 +126,47 @@ def content_digest(path: str) -> str:
             os.path.relpath(os.path.join(folder, name), path) for folder, _, files in os.walk(path) for name in files
         )
         return digest_of([[name, content_digest(os.path.join(path, name))] for name in names])
+    state = _state(path)
+    if state is None:
+        return "missing"
+    if state not in _known:
+        with open(path, "rb") as file:
+            _remember(state, hashlib.file_digest(file, "sha256").hexdigest())
+    return _known[state]
+
+
+def remember_digests(digests: Mapping[str, str]) -> None:
+    """Take over the SHA-256 of files that the step which wrote them has computed."""
+    for path, digest in digests.items():
+        state = _state(path)
+        if state is not None:
+            _remember(state, digest)
+
+
+def _known_digests(outputs: Values) -> dict[str, str]:
+    """The digests of the files among `outputs` that were computed already."""
+    states = {path: _state(path) for path in _local_paths(outputs)}
+    return {path: _known[state] for path, state in states.items() if state in _known}
+
+
+def _local_paths(outputs: Values) -> list[str]:
+    paths = [local_path(artifact["uri"]) for items in outputs.artifacts.values() for artifact in items]
+    return [path for path in paths if "://" not in path]
+
+
+def _state(path: str) -> State | None:
+    """What changes when the file does; None when there is none."""
     try:
         status = os.stat(path)
     except OSError:
-        return "missing"
-    return _file_digest(path, status.st_size, status.st_mtime_ns, status.st_ino)
+        return None
+    return path, status.st_size, status.st_mtime_ns, status.st_ino
 
 
-@functools.lru_cache(maxsize=4096)
-def _file_digest(path: str, size: int, mtime_ns: int, inode: int) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+def _remember(state: State, digest: str) -> None:
+    if len(_known) >= _KNOWN_FILES:
+        _known.pop(next(iter(_known)))
+    _known[state] = digest
 
 
 def stamp_of(path: str) -> dict[str, Any]:

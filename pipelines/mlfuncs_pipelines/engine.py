@@ -19,7 +19,7 @@ from typing import Any
 
 from mlfuncs.errors import ArtifactError, InvalidInput, MlfuncsError
 from mlfuncs.settings import Settings
-from mlfuncs_pipelines.cache import Key, StepCache, are_intact, stamps_of
+from mlfuncs_pipelines.cache import Key, StepCache, are_intact, remember_digests, stamps_of
 from mlfuncs_pipelines.executor_io import read_outputs
 from mlfuncs_pipelines.graph import Instruction, NodeEnded, RunEnded, RunStep, Scheduler, Step
 from mlfuncs_pipelines.importer import run_importer
@@ -218,6 +218,7 @@ class Engine:
         make_folder(prepared)
         track = {"run_id": step_run_id(self.run.id, record), "journal": str(prepared.folder / "journal.jsonl")}
         body = make_request(prepared, self.options.containers, self.run.folder, track)
+        body["digests"] = self.options.cache
         request = place_request(prepared, body)
         given = {} if isinstance(request, Path) else {"request": request}
         self._log.append("started", id=record.id, attempt=record.attempt, folder=str(prepared.folder), **given)
@@ -244,6 +245,7 @@ class Engine:
                 outputs = read_outputs(step.component, running.prepared.executor_input, ended.output)
             except (InvalidInput, ArtifactError) as exc:
                 reason = str(exc)
+        remember_digests(ended.digests)
         if not reason and running.key is not None:
             origin = {"pipeline": self.pipeline.name, "run": self.run.id, "step": record.id}
             self._cache.put(running.key, outputs, origin)

@@ -4,6 +4,7 @@ The standard library only (and syntax that Python 3.9 reads): see `zygote`, whic
 """
 
 import atexit
+import hashlib
 import importlib
 import json
 import os
@@ -12,6 +13,7 @@ import threading
 import traceback
 import types
 
+_LARGE_BYTES = 1 << 20  # what is smaller costs the engine less than a millisecond
 mask = str  # what is done to text about an error; a step with secrets replaces it
 
 
@@ -27,19 +29,20 @@ def make_ready(loaded):
 
 
 def run_child(message, loaded, farewell):
-    """Run the step of a "run" message in this process, tell `farewell` its exit code and output, and exit."""
-    code, output, request = 1, None, {}
+    """Run the step of a "run" message in this process, tell `farewell` its exit code and results, and exit."""
+    code, results, request = 1, {}, {}
     try:
         request = read_request(message)
         prepare(request)
         code, output = HANDLERS[request["kind"]](request, loaded)
+        results = {"output": output, "digests": digests_of(request)}
     except SystemExit as exc:
         code = exc.code if isinstance(exc.code, int) else int(exc.code is not None)
         if isinstance(exc.code, str):
             print(exc.code, file=sys.stderr)
     except BaseException as exc:  # noqa: BLE001 - a step may raise anything; it is reported and ends the child
         report(request, exc)
-    finish(code or 0, output, farewell)
+    finish(code or 0, results, farewell)
 
 
 def read_request(message):
@@ -97,6 +100,23 @@ def run_step(request, loaded):
 HANDLERS = {"kfp": run_kfp, "command": run_command, "step": run_step}
 
 
+def digests_of(request):
+    """SHA-256 by path of the large files among the step's artifacts, which the cache will ask for.
+
+    Here, because the engine's one thread has other steps to start.
+    """
+    found = {}
+    for planned in request["executor_input"]["outputs"]["artifacts"].values() if request.get("digests") else ():
+        path = planned["artifacts"][0]["uri"]
+        if os.path.isfile(path) and os.path.getsize(path) >= _LARGE_BYTES:
+            digest = hashlib.sha256()
+            with open(path, "rb") as file:
+                while chunk := file.read(1 << 20):
+                    digest.update(chunk)
+            found[path] = digest.hexdigest()
+    return found
+
+
 def report(request, exc):
     """Print the traceback from the user's first frame on, and leave it as JSON for the engine."""
     frames = traceback.extract_tb(exc.__traceback__)
@@ -117,7 +137,7 @@ def _skip(trace, count):
     return trace
 
 
-def finish(code, output, farewell):
+def finish(code, results, farewell):
     """Leave as an interpreter does (threads joined, atexit run), without tearing down the inherited one."""
     try:
         threading._shutdown()  # type: ignore[attr-defined]
@@ -125,5 +145,5 @@ def finish(code, output, farewell):
         sys.stdout.flush()
         sys.stderr.flush()
     finally:
-        farewell(code & 0xFF, output)
+        farewell(code & 0xFF, results)
         os._exit(code & 0xFF)

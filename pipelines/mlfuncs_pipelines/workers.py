@@ -34,7 +34,8 @@ class Preload:
 class Exit:
     """How a step's process ended; `error` is set when the step's code could not be loaded.
 
-    `output` is the executor output of a step of ours, unless that is long and in its file.
+    `output` is the executor output of a step of ours, unless that is long and in its file; `digests` has the SHA-256
+    of large files that it wrote.
     """
 
     step_id: str
@@ -44,6 +45,7 @@ class Exit:
     cpu_s: float = 0.0
     error: str = ""
     output: Mapping[str, Any] | None = None
+    digests: Mapping[str, str] = field(default_factory=dict)
 
 
 Request = Mapping[str, Any] | Path  # what a step's process is to do, or the file that says so
@@ -99,7 +101,8 @@ class Worker:
         if message["event"] == "exited":
             self.running.discard(message["id"])
             measured = message["max_rss_kib"], message["cpu_s"]
-            return [Exit(message["id"], message["code"], message["signal"], *measured, output=message["output"])]
+            results = {name: message[name] for name in ("output", "digests") if name in message}
+            return [Exit(message["id"], message["code"], message["signal"], *measured, **results)]
         return self._loaded(message)
 
     def send(self, message: Mapping[str, Any]) -> None:

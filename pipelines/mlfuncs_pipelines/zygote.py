@@ -9,7 +9,7 @@ kfp's lightweight components, where mlfuncs is not installed. FD is one end of a
                        {"op": "fork"} with a socket attached: a child becomes another zygote behind that socket
     zygote to engine   {"event": "ready", "forkable": true, "error": ""}
                        {"event": "exited", "id": .., "code": .., "signal": .., "max_rss_kib": .., "cpu_s": ..,
-                        "output": null or the output of a step of ours}
+                        "output": null or the output of a step of ours, "digests": {path: SHA-256}}
                        {"event": "declined"} on the attached socket: this process cannot fork safely
 
 A child is forked ahead and waits for its step. It says itself how the step ended, which the zygote passes on, so that
@@ -38,6 +38,7 @@ import traceback
 import types
 
 _FORK_SAFE_THREADS = {"jemalloc_bg_thd"}  # pyarrow's allocator, which has fork handlers of its own
+_SPARES = 2  # children forked ahead: with one, a step of 1 ms waits for the next child to be ready
 _REHEARSALS = 16  # CPython 3.11 specialises code that was called 8 times
 _GRACE_S = 2.0  # between asking children to end and killing them
 
@@ -65,7 +66,7 @@ class Zygote:
         self.children = {}
         self.loaded = None
         self.forkable = True
-        self.spare = None  # (pid, pipe) of a child forked ahead, waiting for its step
+        self.spares = {}  # pid to pipe of children forked ahead, waiting for a step each
         self.report_read, self.report_write = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.report_read.setblocking(False)
         if sys.stdout is not None:
@@ -117,9 +118,7 @@ class Zygote:
 
     def preload(self, message):
         """Import what the steps need, and say whether forking is safe afterwards."""
-        if self.spare is not None:  # it knows nothing of what is loaded now
-            os.close(self.spare[1])
-            self.spare = None
+        self.drop_spares()  # they know nothing of what is loaded now
         error = ""
         try:
             sys.path[:0] = [folder for folder in message.get("path", []) if folder not in sys.path]
@@ -142,16 +141,19 @@ class Zygote:
             signal.set_wakeup_fd(-1)
             step_child.make_ready(None)
             step_child.run_child(message, self.loaded, lambda *end: self.send(describe_exit(message["id"], *end)))
-        pid, pipe = self.spare or self.fork_ahead()
-        self.spare = None
+        if not self.spares:
+            self.fork_ahead()
+        pid = next(iter(self.spares))
+        pipe = self.spares.pop(pid)
         self.children[pid] = message["id"]
         with contextlib.suppress(BrokenPipeError):  # the child is dead already, which reap reports
             os.write(pipe, data)
         os.close(pipe)
-        self.spare = self.fork_ahead()
+        while len(self.spares) < _SPARES:
+            self.fork_ahead()
 
     def fork_ahead(self):
-        """A child that waits for its step, so that a step does not wait for the fork."""
+        """One more child that waits for a step, so that no step waits for a fork."""
         reading, writing = os.pipe()
         pid = os.fork()
         if pid == 0:
@@ -167,12 +169,12 @@ class Zygote:
             message = json.loads(data)
             step_child.run_child(message, self.loaded, functools.partial(self.report_exit, message["id"]))
         os.close(reading)
-        return pid, writing
+        self.spares[pid] = writing
 
-    def report_exit(self, step_id, code, output):
+    def report_exit(self, step_id, code, results):
         """In a child: say how its step ended. The zygote reads the pid and passes on the rest."""
         with contextlib.suppress(OSError):  # the zygote is gone, which the engine sees
-            self.report_write.send(b"%d " % os.getpid() + describe_exit(step_id, code, output))
+            self.report_write.send(b"%d " % os.getpid() + describe_exit(step_id, code, results))
 
     def pass_on(self):
         """Hand the children's last words to the engine."""
@@ -195,10 +197,13 @@ class Zygote:
         self.report_read.close()
         os.close(self.wake_read)
         os.close(self.wake_write)
-        if self.spare is not None:
-            os.close(self.spare[1])
-            self.spare = None
+        self.drop_spares()
         self.children = {}
+
+    def drop_spares(self):
+        for pipe in self.spares.values():
+            os.close(pipe)
+        self.spares = {}
 
     def fork_zygote(self, ancillary):
         descriptors = array.array("i")
@@ -230,15 +235,14 @@ class Zygote:
                 return
             if pid == 0:
                 return
-            if self.spare is not None and pid == self.spare[0]:
-                os.close(self.spare[1])
-                self.spare = None
+            if pid in self.spares:
+                os.close(self.spares.pop(pid))
             self.pass_on()  # its last words, if it had any, are in the socket by now
             step_id = self.children.pop(pid, None)
             if step_id is not None:
                 code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else -1
                 number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
-                self.send(describe_exit(step_id, code, None, number, [usage]))
+                self.send(describe_exit(step_id, code, {}, number, [usage]))
 
     def end_children(self):
         steps = [pid for pid, owner in self.children.items() if owner is not None]
@@ -255,7 +259,7 @@ class Zygote:
                 signal_group(pid, signal.SIGKILL)
 
 
-def describe_exit(step_id, code, output, number=0, usages=()):
+def describe_exit(step_id, code, results, number=0, usages=()):
     """An "exited" message as bytes; `usages` are of this process and its children unless given."""
     usages = usages or [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     message = {
@@ -265,7 +269,7 @@ def describe_exit(step_id, code, output, number=0, usages=()):
         "signal": number,
         "max_rss_kib": max(usage.ru_maxrss for usage in usages),
         "cpu_s": sum(usage.ru_utime + usage.ru_stime for usage in usages),
-        "output": output,
+        **results,
     }
     return json.dumps(message).encode()
 
