@@ -181,7 +181,7 @@ def test_a_split_needs_a_gateway_and_is_warned_of_without_one(deploy, api, monke
     weights = {backend["name"]: backend["weight"] for backend in route["spec"]["rules"][0]["backendRefs"]}
     assert weights == {"churn-rev-1": 64, "churn-rev-2": 16, "churn-rev-3": 20}
     monkeypatch.delenv("MLFUNCS_KUBERNETES_GATEWAY")
-    endpoint.promote()
+    deploy(timeout_s=50)
     assert api.names("httproutes") == []
 
 
