@@ -14,7 +14,6 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from mlfuncs.errors import ArtifactError, InvalidInput, MlfuncsError
@@ -37,7 +36,15 @@ from mlfuncs_pipelines.run_log import (
     step_run_id,
     to_json,
 )
-from mlfuncs_pipelines.steps import Prepared, cache_key, make_folder, make_request, place_request, prepare_step
+from mlfuncs_pipelines.steps import (
+    Prepared,
+    cache_key,
+    code_versions,
+    make_folder,
+    make_request,
+    place_request,
+    prepare_step,
+)
 from mlfuncs_pipelines.workers import Exit, WorkerPool
 
 _SWITCH_S = 0.0005  # the thread that keeps the rows must not hold up the next step
@@ -181,6 +188,7 @@ class Engine:
             self._import(prepared, record)
         else:
             key = cache_key(prepared) if self.options.cache else None
+            record.versions = code_versions(prepared)
             if key is None:
                 self._spawn(prepared, record, None, None)
             else:
@@ -220,7 +228,7 @@ class Engine:
         body = make_request(prepared, self.options.containers, self.run.folder, track)
         body["digests"] = self.options.cache
         request = place_request(prepared, body)
-        given = {} if isinstance(request, Path) else {"request": request}
+        given = {} if request.body is None else {"request": request.body}
         self._log.append("started", id=record.id, attempt=record.attempt, folder=str(prepared.folder), **given)
         self._processes.start(prepared, record, request, (key, lock))
         self._tell("step_changed", self.run, record)

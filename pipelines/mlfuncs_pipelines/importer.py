@@ -10,7 +10,8 @@ from typing import Any
 
 from mlfuncs.errors import ArtifactError
 from mlfuncs_pipelines.inputs import Values
-from mlfuncs_pipelines.ir import ABSENT, Component, constant_of
+from mlfuncs_pipelines.ir import ABSENT, Component, Pipeline, Task, constant_of
+from mlfuncs_pipelines.ir_shape import Problem
 from mlfuncs_pipelines.placeholders import Context, local_path, resolve_value
 from mlfuncs_pipelines.values import from_file
 
@@ -34,6 +35,33 @@ def run_importer(spec: Mapping[str, Any], component: Component, inputs: Values, 
         "metadata": metadata,
     }
     return Values({}, {name: [artifact]})
+
+
+def missing_imports(pipeline: Pipeline, params: Mapping[str, Any]) -> list[Problem]:
+    """The importers that surely run and whose local file or folder is not there; what a step may make is left out."""
+    assert pipeline.root.dag is not None
+    problems = []
+    for task in pipeline.root.dag.tasks.values():
+        executor = pipeline.executors.get(pipeline.component_of(task).executor or "", {})
+        if "importer" not in executor or task.dependencies or task.condition or task.iterator:
+            continue
+        uri = _known_uri(task, executor["importer"], pipeline.root, params)
+        path = local_path(uri) if uri else ""
+        if path and "://" not in path and not Path(path).exists():
+            message = f"the importer finds nothing at {uri!r}"
+            problems.append(Problem(f"root.dag.tasks.{task.name}", message, "give the path of a file or folder"))
+    return problems
+
+
+def _known_uri(task: Task, spec: Mapping[str, Any], root: Component, params: Mapping[str, Any]) -> str:
+    """The URI as far as it is known before the run; "" when it is not."""
+    source = task.parameters.get("uri", {})
+    if "componentInputParameter" in source:
+        declared = root.input_parameters.get(source["componentInputParameter"])
+        value = params.get(source["componentInputParameter"], declared.default if declared else ABSENT)
+    else:
+        value = constant_of(source.get("runtimeValue", spec.get("artifactUri", {})))
+    return value if isinstance(value, str) and "{{$" not in value else ""
 
 
 def _uri(spec: Mapping[str, Any], inputs: Values) -> str:

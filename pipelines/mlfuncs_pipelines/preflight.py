@@ -20,9 +20,11 @@ from typing import Any, Literal
 from mlfuncs.errors import MlfuncsError, NotFound
 from mlfuncs.settings import Settings
 from mlfuncs.spec import FunctionSpec
+from mlfuncs_pipelines.importer import missing_imports
 from mlfuncs_pipelines.ir import Pipeline
 from mlfuncs_pipelines.ir_shape import Problem
 from mlfuncs_pipelines.lightweight import Lightweight, OurStep, recognise, recognise_step
+from mlfuncs_pipelines.pod_settings import PodSettings, pod_settings
 from mlfuncs_pipelines.validate import InvalidPipeline
 from mlfuncs_pipelines.venvs import environment_digest, python_for
 from mlfuncs_pipelines.workers import Preload
@@ -57,26 +59,36 @@ class Plan:
     env: Mapping[str, str] = field(default_factory=dict)
     timeout_s: float | None = None
     step: OurStep | None = None
+    pod: PodSettings = field(default_factory=PodSettings)
 
 
-def prepare(pipeline: Pipeline, settings: Settings, containers: str) -> dict[str, Plan]:
+def prepare(
+    pipeline: Pipeline, settings: Settings, containers: str, params: Mapping[str, Any] | None = None
+) -> dict[str, Plan]:
     """A plan for every executor that a component of `pipeline` uses, with its environment built.
 
     `containers` is "docker", or "process" to run the commands of containers on this machine without their images.
-    Raises InvalidPipeline with everything that is missing.
+    Raises InvalidPipeline with everything that is missing, files to import from `params` or constants included.
     """
     labels = sorted({component.executor for component in pipeline.components.values() if component.executor})
     alike = {
         label: json.dumps(pipeline.executors[label], sort_keys=True) for label in labels
     }  # kfp writes one per task
-    problems: list[Problem] = []
+    problems = missing_imports(pipeline, params or {})
     plans = {}
     with ThreadPoolExecutor(max_workers=4) as pool:
         first = {text: label for label, text in reversed(alike.items())}
         futures = {text: pool.submit(_plan, pipeline, label, settings, containers) for text, label in first.items()}
         for label, text in alike.items():
             try:
-                plans[label] = replace(futures[text].result(), label=label)
+                plan = futures[text].result()
+                pod = PodSettings()
+                if plan.kind != "step":  # ours has its secrets in its spec
+                    pod = pod_settings(pipeline.executor_platform(label), settings)
+                plans[label] = replace(plan, label=label, pod=pod)
+                problems += [
+                    Problem(f"platforms.kubernetes.{label}", text, "then run it again") for text in pod.missing
+                ]
                 if plans[label].kind == "container" and containers == "docker":
                     require_docker(plans[label].spec.get("image", ""))
             except MlfuncsError as exc:

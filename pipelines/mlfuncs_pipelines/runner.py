@@ -79,7 +79,7 @@ def _execute(
     pipeline: Pipeline, run: PipelineRun, settings: Settings, options: Options, observers: Sequence[Observer]
 ) -> PipelineRun:
     complete(Values(dict(run.params)), pipeline.root, f"pipeline {pipeline.name}")  # a wrong value, before any work
-    plans = prepare(pipeline, settings, options.containers)
+    plans = prepare(pipeline, settings, options.containers, run.params)
     run.folder.mkdir(parents=True, exist_ok=True)
     body = {"spec": pipeline.spec, "platform": pipeline.platform}
     (run.folder / "pipeline.json").write_text(json.dumps(body), encoding="utf-8")

@@ -34,6 +34,7 @@ def run_child(message, loaded, farewell):
     try:
         request = read_request(message)
         prepare(request)
+        os.environ.update(message.get("secret_env") or {})
         code, output = HANDLERS[request["kind"]](request, loaded)
         results = {"output": output, "digests": digests_of(request)}
     except SystemExit as exc:

@@ -114,10 +114,10 @@ def place_request(prepared: Prepared, request: dict[str, Any]) -> Request:
     """The request itself, or the file that it is put into because it is too long for a message."""
     text = json.dumps(request)
     if len(text) < _MESSAGE_BYTES:
-        return request
+        return Request(request, None, prepared.plan.pod.env)
     path = prepared.folder / REQUEST_FILE
     path.write_text(text, encoding="utf-8")
-    return path
+    return Request(None, path, prepared.plan.pod.env)
 
 
 def container_name(prepared: Prepared) -> str:
@@ -132,11 +132,7 @@ def cache_key(prepared: Prepared) -> Key | None:
     wanted = step.task.cache and prepared.plan.kind != "importer" and not has_status
     if not wanted or _uses_workspace(prepared, step.task):
         return None
-    parts = {
-        "code": digest_of(prepared.plan.code_digest),
-        "environment": digest_of([prepared.plan.environment_digest, dict(prepared.plan.env)]),
-        "interface": digest_of(_interface(step.component)),
-    }
+    parts = {**code_versions(prepared), "interface": digest_of(_interface(step.component))}
     if step.task.cache_key:
         parts["cache key"] = step.task.cache_key
     for name, value in prepared.inputs.parameters.items():
@@ -144,6 +140,14 @@ def cache_key(prepared: Prepared) -> Key | None:
     for name, artifacts in prepared.inputs.artifacts.items():
         parts[f"input {name}"] = digest_of([artifact_digest(artifact) for artifact in artifacts])
     return Key(parts)
+
+
+def code_versions(prepared: Prepared) -> dict[str, str]:
+    """The digests of the step's code and of its environment."""
+    return {
+        "code": digest_of(prepared.plan.code_digest),
+        "environment": digest_of([prepared.plan.environment_digest, dict(prepared.plan.env)]),
+    }
 
 
 def _uses_workspace(prepared: Prepared, task: Task) -> bool:
@@ -171,11 +175,14 @@ def _argv(prepared: Prepared, containers: str, run_folder: Path) -> list[str]:
     if containers == "process":
         return [*command, *arguments] or ["true"]
     mounts = {str(run_folder.parent): "", **_outside(prepared, run_folder.parent)}
+    mounts |= dict.fromkeys(prepared.plan.pod.mounts, "")
     words = ["docker", "run", "--rm", "--init", "--name", container_name(prepared)]
     for path, mode in mounts.items():
         words += ["--volume", f"{path}:{path}{mode}"]
     for name, value in resolve_value(dict(prepared.plan.env), _context(prepared)).items():
         words += ["--env", f"{name}={value}"]
+    for name in prepared.plan.pod.env:
+        words += ["--env", name]  # its value is in the environment of the command
     if command:
         words += ["--entrypoint", command[0]]
     return [*words, spec["image"], *command[1:], *arguments]

@@ -48,7 +48,13 @@ class Exit:
     digests: Mapping[str, str] = field(default_factory=dict)
 
 
-Request = Mapping[str, Any] | Path  # what a step's process is to do, or the file that says so
+@dataclass(frozen=True)
+class Request:
+    """What a step's process is to do, or the file that says so; `secret_env` is written down nowhere."""
+
+    body: Mapping[str, Any] | None
+    path: Path | None = None
+    secret_env: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
 @dataclass
@@ -126,8 +132,8 @@ class Worker:
 
     def _run(self, step_id: str, request: Request) -> None:
         self.running.add(step_id)
-        body = {"path": str(request)} if isinstance(request, Path) else {"request": request}
-        self.send({"op": "run", "id": step_id, "inline": self.single, **body})
+        body = {"path": str(request.path)} if request.path else {"request": request.body}
+        self.send({"op": "run", "id": step_id, "inline": self.single, "secret_env": dict(request.secret_env), **body})
 
     def _loaded(self, message: Mapping[str, Any]) -> list[Exit]:
         """The zygote is ready, or says why it never will be: start what waited, or hand it back."""
