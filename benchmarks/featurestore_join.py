@@ -1,64 +1,61 @@
-"""The point-in-time join against polars, DuckDB and pandas: CPU, wall time and peak memory, each in its own process.
+"""The point-in-time join against polars, DuckDB, pandas and Feast: CPU, wall time and peak memory, a process each.
 
     python benchmarks/featurestore_join.py                        # 1 M spine rows x 10 M history rows x 10 floats
-    python benchmarks/featurestore_join.py --spine 100000 --history 1000000
+    python benchmarks/featurestore_join.py --spine 100000 --history 1000000 --feast [--plot FILE] [--json FILE]
 
 Reading is included for all; writing the tables is not, and importing the library (for mlfuncs: and loading its compiled
-kernels) is a column of its own. All contenders must give the same values. Rounds are
-interleaved and the median is reported, as the machine may be shared; CPU seconds are what repeats.
+kernels) is a column of its own. All must give the same rows, bit by bit, in any order. Rounds are interleaved and the
+median is reported, as the machine may be shared; CPU seconds are what repeats. Feast (on DuckDB) takes minutes and
+10 GB at full size, so it runs when asked for, once, in an environment of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import resource
-import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-CONTENDERS = ("mlfuncs", "polars", "duckdb", "pandas")
+from contest import OURS, agree, child_command, cost_of, finish, in_turns, keyed_sum, medians, parse, run, say, show
+from peers import FEAST, peer_python
+
+CONTENDERS = (OURS, "polars", "duckdb", "pandas")
+FEAST_S = 1200
+DAYS = 90
 
 
-def make_data(folder: Path, options: argparse.Namespace) -> None:
-    """History and spine as Parquet files and the history as an offline table."""
+def make_data(folder: Path, sizes: dict[str, int]) -> None:
+    """History and spine as Parquet files and the history as an offline table. No two rows of a user at one time."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     from mlfuncs_featurestore import Entity, FeatureStore, FeatureView
 
-    random = np.random.default_rng(0)
-    second = 10**6
+    random, span = np.random.default_rng(0), DAYS * 86400 * 10**6
     history = {
-        "user_id": random.integers(0, options.entities, options.history),
-        "event_timestamp": np.sort(random.integers(0, 90 * 86400, options.history)) * second,
-        **{f"f{i}": random.normal(size=options.history) for i in range(options.features)},
+        "user_id": random.integers(0, sizes["entities"], sizes["history"]),
+        "event_timestamp": np.sort(random.integers(0, span, sizes["history"])),
+        **{f"f{i}": random.normal(size=sizes["history"]) for i in range(sizes["features"])},
     }
     spine = {
-        "user_id": random.integers(0, options.entities, options.spine),
-        "event_timestamp": random.integers(0, 90 * 86400, options.spine) * second,
+        "user_id": random.integers(0, sizes["entities"], sizes["spine"]),
+        "event_timestamp": random.integers(0, span, sizes["spine"]),
     }
-    tables = {"history": pa.table(history), "spine": pa.table(spine)}
-    for name, table in tables.items():
-        times = table["event_timestamp"].cast(pa.timestamp("us", "UTC"))
-        tables[name] = table.set_column(1, "event_timestamp", times)
-        pq.write_table(tables[name], folder / f"{name}.parquet", use_dictionary=False)
-    fields = {f"f{i}": "float64" for i in range(options.features)}
+    for name, columns in (("history", history), ("spine", spine)):
+        times = pa.array(columns["event_timestamp"]).cast(pa.timestamp("us", "UTC"))
+        table = pa.table({**columns, "event_timestamp": times})
+        pq.write_table(table, folder / f"{name}.parquet", use_dictionary=False)
+    fields = {f"f{i}": "float64" for i in range(sizes["features"])}
     store = FeatureStore(settings_of(folder))
     store.apply(FeatureView("spend", entities=[Entity("user_id", int)], fields=fields))
-    started = time.perf_counter(), time.process_time()
     store.ingest("spend", str(folder / "history.parquet"))
-    wall, cpu = time.perf_counter() - started[0], time.process_time() - started[1]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"ingest: {options.history / wall:,.0f} rows/s, {cpu:.1f} CPU s (peak of this process {peak:,.0f} MiB)")
     store.offline.compact(store.catalog.view("spend"))
+    (folder / "sizes.json").write_text(json.dumps(sizes))
+    print("{}")
 
 
 def settings_of(folder: Path) -> Any:
@@ -108,9 +105,38 @@ def run_pandas(folder: Path) -> Any:
     return pa.Table.from_pandas(joined.drop(columns="row"), preserve_index=False)
 
 
+def run_feast(folder: Path) -> Any:
+    """Feast's get_historical_features on its DuckDB offline store; it takes the spine as a pandas frame."""
+    import datetime
+
+    import pandas as pd
+    from feast import Entity, FeatureStore, FeatureView, Field, FileSource, RepoConfig, ValueType
+    from feast.types import Float64
+
+    names = [f"f{i}" for i in range(json.loads((folder / "sizes.json").read_text())["features"])]
+    user = Entity(name="user", join_keys=["user_id"], value_type=ValueType.INT64)
+    source = FileSource(path=str(folder / "history.parquet"), timestamp_field="event_timestamp")
+    schema = [Field(name=name, dtype=Float64) for name in names]
+    view = FeatureView(
+        name="spend", entities=[user], ttl=datetime.timedelta(days=36500), schema=schema, source=source, online=False
+    )
+    config = RepoConfig(
+        project="bench",
+        provider="local",
+        registry=str(folder / "feast.db"),
+        offline_store={"type": "duckdb"},
+        online_store=None,
+        entity_key_serialization_version=3,
+    )
+    store = FeatureStore(config=config)
+    store.apply([user, view])
+    spine = pd.read_parquet(folder / "spine.parquet")
+    return store.get_historical_features(entity_df=spine, features=[f"spend:{name}" for name in names]).to_arrow()
+
+
 def load(name: str) -> None:
     """Import what the contender needs."""
-    if name != "mlfuncs":
+    if name != OURS:
         __import__(name)
         return
     import deltalake  # noqa: F401
@@ -124,66 +150,75 @@ def load(name: str) -> None:
 
 
 RUNNERS: dict[str, Callable[[Path], Any]] = {
-    "mlfuncs": run_mlfuncs,
+    OURS: run_mlfuncs,
     "polars": run_polars,
     "duckdb": run_duckdb,
     "pandas": run_pandas,
+    "feast": run_feast,
 }
 
 
 def child(name: str, folder: Path) -> None:
-    """Run one contender and print what it cost as JSON."""
-    import pyarrow.compute as pc
-
+    """Run one contender and print what it cost, and a checksum of its answer, as JSON."""
     load(name)
-    wall, before = time.perf_counter(), time.process_time()
-    result = RUNNERS[name](folder)
-    cost = {"start": before, "wall": time.perf_counter() - wall, "cpu": time.process_time() - before}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    last = result.column_names[-1]
-    found = len(result) - pc.sum(pc.or_kleene(pc.is_null(result[last]), pc.is_nan(result[last]))).as_py()
-    total = pc.sum(pc.if_else(pc.is_nan(result[last]), None, result[last])).as_py()
-    print(json.dumps({**cost, "mib": peak, "rows": len(result), "found": found, "sum": round(total, 4)}))
+    cost, result = cost_of(lambda: RUNNERS[name](folder))
+    print(json.dumps({**cost, "rows": result.num_rows, **checksum(result)}))
+
+
+def checksum(result: Any) -> dict[str, int]:
+    """How many cells were found, and the bits of all of them with their user and time."""
+    import numpy as np
+    import pyarrow as pa
+
+    users = result["user_id"].to_numpy()
+    times = result["event_timestamp"].cast(pa.timestamp("us", "UTC")).cast(pa.int64()).to_numpy()
+    found, total = 0, 0
+    for name in sorted(name for name in result.column_names if name.startswith("f")):
+        values = result[name].to_numpy()
+        found += int(len(values) - np.isnan(values).sum())
+        total = (31 * total + keyed_sum(users, times, values)) % 2**64
+    return {"found": found, "checksum": total}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--spine", type=int, default=1_000_000)
     parser.add_argument("--history", type=int, default=10_000_000)
     parser.add_argument("--entities", type=int, default=100_000)
     parser.add_argument("--features", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    parser.add_argument("--feast", action="store_true", help="measure Feast too, once")
+    options = parse(parser)
     if options.child:
-        child(options.child[0], Path(options.child[1]))
+        name, folder, *sizes = options.child
+        child(name, Path(folder)) if name != "data" else make_data(Path(folder), json.loads(sizes[0]))
         return
-    with tempfile.TemporaryDirectory() as name:
-        # in a process of its own: a child starts with its parent's peak memory
-        maker = multiprocessing.get_context("spawn").Process(target=make_data, args=(Path(name), options))
-        maker.start()
-        maker.join()
-        if maker.exitcode:
-            raise SystemExit("the data could not be made")
-        costs: dict[str, list[dict[str, float]]] = {one: [] for one in CONTENDERS}
-        for _ in range(options.rounds):
-            for one in CONTENDERS:
-                done = subprocess.run(
-                    [sys.executable, __file__, "--child", one, name], capture_output=True, text=True, check=False
-                )
-                if done.returncode:
-                    raise SystemExit(f"{one} failed:\n{done.stderr}")
-                costs[one].append(json.loads(done.stdout.splitlines()[-1]))
-    answers = {(cost["rows"], cost["found"], cost["sum"]) for found in costs.values() for cost in found}
-    if len(answers) != 1:
-        raise SystemExit(f"the contenders disagree: {answers}")
-    print(f"{options.spine:,} x {options.history:,} rows, {options.features} floats, {options.entities:,} entities")
-    print(f"{'':10}{'wall s':>8}{'CPU s':>8}{'peak MiB':>10}{'start CPU s':>13}")
-    for one, found in costs.items():
-        median = {key: statistics.median(cost[key] for cost in found) for key in ("wall", "cpu", "mib", "start")}
-        line = f"{one:10}{median['wall']:8.2f}{median['cpu']:8.2f}{median['mib']:10,.0f}{median['start']:13.2f}"
-        print(line)
+    sizes = {name: getattr(options, name) for name in ("spine", "history", "entities", "features")}
+    with tempfile.TemporaryDirectory() as folder:
+        say("  making the tables")
+        run(child_command(__file__, "data", folder, json.dumps(sizes)))
+        costs = in_turns({one: child_command(__file__, one, folder) for one in CONTENDERS}, options.rounds)
+        python = peer_python("feast", FEAST) if options.feast else None
+        if python is not None:
+            costs |= in_turns({"feast": child_command(__file__, "feast", folder, python=python)}, 1, FEAST_S)
+    agree(costs, exact=("rows", "found", "checksum"))
+    figures = medians(costs)
+    title = f"{options.spine:,} x {options.history:,} rows, {options.features} floats, {options.entities:,} entities"
+    rows = [
+        [name, f"{one['wall']:.2f}", f"{one['cpu']:.2f}", f"{one['mib']:,.0f}", f"{one['start']:.2f}"]
+        for name, one in figures.items()
+    ]
+    show(title, ["wall s", "CPU s", "peak MiB", "start CPU s"], rows)
+    finish(options, figures, draw)
+
+
+def draw(path: Path, figures: dict[str, dict[str, float]]) -> None:
+    """CPU and memory side by side."""
+    from plots import bars
+
+    cpu = {name: one["cpu"] for name, one in figures.items()}
+    bars(path, {"join: CPU s": cpu, "join: peak MiB": {name: one["mib"] for name, one in figures.items()}})
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,6 +9,7 @@ from pathlib import Path
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mlfuncs-benchmarks"
 INSTALL_S = 900
+FEAST = ["feast[duckdb,redis]>=0.40", "redis>=5,<7", "hiredis", "setuptools<81"]
 
 
 def peer_python(name: str, packages: list[str]) -> str | None:
