@@ -26,6 +26,7 @@ ADAPTERS: dict[str, tuple[str, str]] = {
     "manifests:platform": ("mlfuncs_runtime.rendering:render_platform", ""),
     "manifests:differences": ("mlfuncs_runtime.rendering:differences", "kubernetes"),
     "pipelines:component": ("mlfuncs_pipelines.components:to_component", "pipelines"),
+    "pipelines:artifact": ("mlfuncs_pipelines.artifact_files:read_artifact", "pipelines"),
     "pipelines:tracing": ("mlfuncs_pipelines.components:is_tracing", "pipelines"),
     "sweep:process": ("mlfuncs.runs.sweep_lanes:run_in_processes", ""),
     "sweep:dask": ("mlfuncs.runs.sweep_dask:run_on_dask", "dask"),

@@ -167,7 +167,10 @@ def build_bundle(target: Any, spec: FunctionSpec, settings: Settings) -> Bundle:
         requirements = infer_requirements(siblings.external, settings.home)
     else:
         requirements = spec.requirements
-    requirements = (*requirements, *own_extras(closure.modules, closure.facade))
+    extras = own_extras(closure.modules, closure.facade)
+    if spec.features:  # its worker reads them, also when its code names nothing of the feature store
+        extras = tuple(dict.fromkeys([*extras, "mlfuncs[featurestore]"]))
+    requirements = (*requirements, *extras)
     lock = lock_requirements(requirements, settings)
     manifest = Manifest(
         name=spec.name,

@@ -211,10 +211,10 @@ def _without_nan(value: Any) -> Any:
 def _pool() -> urllib3.PoolManager:
     pool = _pools.get(os.getpid())
     if pool is None:
-        import urllib3
+        from mlfuncs.serving.unix_http import pool_manager
 
         with _making:
-            pool = _pools.setdefault(os.getpid(), urllib3.PoolManager(num_pools=16, maxsize=_POOLED_CONNECTIONS))
+            pool = _pools.setdefault(os.getpid(), pool_manager(num_pools=16, maxsize=_POOLED_CONNECTIONS))
     return pool
 
 

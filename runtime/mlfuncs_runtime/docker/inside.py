@@ -11,12 +11,12 @@ import dataclasses
 import os
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlfuncs.errors import MlfuncsError, NotFound, SpecError
-from mlfuncs.settings import read_settings
+from mlfuncs.settings import Settings, read_settings
 from mlfuncs.spec import Resources
 from mlfuncs_runtime.docker.entry import SECRETS_DIR, SOCKET, port
 
@@ -40,8 +40,10 @@ def run_worker(order: Mapping[str, Any] | None) -> int:
         else:
             config = WorkerConfig.from_dict({**order["config"], "socket": SOCKET, "log_path": ""})
             keep_secrets(order.get("secrets") or {}, Path(SECRETS_DIR))
+            os.environ.update(order.get("environ") or {})
         settings = read_settings()
-        lend_bundles(FUNCTION_ROOT, settings.home)
+        lend_bundles((FUNCTION_ROOT, Path(SOCKET).parent), settings.home)
+        keep_definitions((order or {}).get("definitions") or [], settings)
         config = dataclasses.replace(config, resources=Resources())  # the container is the limit
         prepare_process(config, settings)
     except MlfuncsError as exc:
@@ -84,11 +86,23 @@ def image_config(root: Path, environ: Mapping[str, str]) -> WorkerConfig:
     )
 
 
-def lend_bundles(root: Path, home: Path) -> None:
-    """Let the home of this container, which is empty and writable, show the image's bundles."""
-    home.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if not (home / "bundles").exists():
-        (home / "bundles").symlink_to(root / "bundles")
+def lend_bundles(roots: Sequence[Path], home: Path) -> None:
+    """Let the home of this container, which is empty and writable, show the bundles below these directories."""
+    (home / "bundles").mkdir(mode=0o700, parents=True, exist_ok=True)
+    for bundle in (bundle for root in roots for bundle in (root / "bundles").glob("*")):
+        if not (home / "bundles" / bundle.name).exists():
+            (home / "bundles" / bundle.name).symlink_to(bundle)
+
+
+def keep_definitions(documents: Sequence[Sequence[Any]], settings: Settings) -> None:
+    """Put definitions, (kind, name, body) each, into this container's own registry, for the function's features."""
+    if not documents:
+        return
+    from mlfuncs.registry import open_registry
+
+    definitions = open_registry(settings).definitions
+    for kind, name, body in documents:
+        definitions.put(kind, name, body)
 
 
 def keep_secrets(values: Mapping[str, str], folder: Path) -> None:

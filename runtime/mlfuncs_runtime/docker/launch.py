@@ -18,7 +18,7 @@ from mlfuncs_runtime.supervisor.places import Places
 from mlfuncs_runtime.supervisor.plan import EndpointPlan
 
 log = logging.getLogger("mlfuncs.supervisor")
-_PASSED = ("log_level", "log_format", "redis_url", "otel_endpoint")  # settings that mean the same in a container
+_PASSED = ("log_level", "log_format", "otel_endpoint")  # settings that mean the same in a container
 
 REVISION_TAG = re.compile(r"rev-\d+-[0-9a-f]{12}")  # what `image_name` makes
 
@@ -43,21 +43,21 @@ def ensure_image(plan: EndpointPlan, revision: str, settings: Settings) -> str:
     from mlfuncs_runtime.images.function_image import ImageFunction, assemble
 
     builder = DockerBuilder(settings)
-    reference = image_name(plan, revision)
     with locked(ensure_home(settings) / "images" / ".build.lock"):
+        base = builder.base(lambda note: log.info("%s", note))
+        reference = image_name(plan, revision, base.id)
         if not builder.has(reference):
             log.info("building the image %s", reference)
             limits = plan.options.get("limits") or {}
             function = ImageFunction(plan.name, plan.digests[revision], plan.revisions[revision], limits)
-            base = builder.base(lambda note: log.info("%s", note))
             built = builder.store(assemble([function], base, settings), [reference])
             log.info("built %s, %.1f MB above its base", reference, built.new_bytes / 1e6)
     return reference
 
 
-def image_name(plan: EndpointPlan, revision: str) -> str:
-    """The image of one revision: a name that no other bundle or config gets."""
-    whole = json.dumps([plan.digests[revision], plan.revisions[revision].to_dict(), plan.project], sort_keys=True)
+def image_name(plan: EndpointPlan, revision: str, base: str) -> str:
+    """The image of one revision: a name that no other bundle, config or base gets; so an upgrade makes new ones."""
+    whole = json.dumps([plan.digests[revision], plan.revisions[revision].to_dict(), plan.project, base], sort_keys=True)
     return f"{repository(plan.project, plan.name)}:{revision}-{hashlib.sha256(whole.encode()).hexdigest()[:12]}"
 
 

@@ -32,6 +32,8 @@ from mlfuncs.spec import Resources
 from mlfuncs_runtime.docker.container import HOME_LABEL, OWNER_LABEL, ContainerPlan, container_body
 from mlfuncs_runtime.docker.engine import DockerEngine, read_answer
 from mlfuncs_runtime.docker.entry import FORWARDED, SOCKET
+from mlfuncs_runtime.docker.lending import lend
+from mlfuncs_runtime.docker.relay import open_doors
 
 USER = 10001  # the image's; a supervisor of another user has its containers run as that user
 EXIT_CANNOT_START = 78  # EX_CONFIG of sysexits.h: trying again would not help
@@ -72,15 +74,19 @@ class Replica:
 
     def run(self, path: str, signals: int) -> int:
         """Start the container, serve as its streams and signals, and return its exit status."""
-        secrets = resolve_secrets(self._config.get("secrets") or (), read_settings())
+        settings = read_settings()
+        secrets = resolve_secrets(self._config.get("secrets") or (), settings)
         user = self._prepare(path)
+        lent = lend(self._config, settings, self._folder)
+        open_doors(self._folder, lent.doors, user)
+        order = {"config": self._config, "secrets": secrets, "environ": lent.environ, "definitions": lent.documents}
         remove_orphans(self._engine, str(self._container["home"]))
         name = self._create(user)
         try:
             with self._engine.attach(name) as streams, self._engine.open("POST", _wait_path(name)) as ended:
                 ended.settimeout(None)
                 self._engine.call("POST", f"/containers/{name}/start")
-                streams.sendall(json.dumps({"config": self._config, "secrets": secrets}).encode() + b"\n")
+                streams.sendall(json.dumps(order).encode() + b"\n")
                 self._copy(name, streams, signals)
                 return int(read_answer(ended, "wait")["StatusCode"])
         except BaseException:
