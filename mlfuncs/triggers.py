@@ -28,6 +28,14 @@ _ALIASES = {
 }
 _SECRET = re.compile(r"secret:[A-Za-z_][A-Za-z0-9_]*")
 _PASSWORD = re.compile(r"://[^/@\s]*:[^/@\s]+@|[?&]password=")
+_KAFKA_SECRET = re.compile(r"password$|\.secret$|^ssl\.key\.pem$")
+_KAFKA_OWN = {
+    "bootstrap.servers": "write servers=",
+    "metadata.broker.list": "write servers=",
+    "group.id": "write group=",
+    "enable.auto.commit": "offsets are committed once the endpoint has answered",
+    "enable.auto.offset.store": "offsets are committed once the endpoint has answered",
+}
 _SCHEMES = ("redis", "rediss", "unix", "redis+cluster", "rediss+cluster")
 
 
@@ -124,10 +132,7 @@ class KafkaTopic:
         _require(bool(self.group), f"the group of Kafka topic {self.topic!r} must not be empty")
         _check_count("max_tries", self.max_tries)
         _check_count("max_in_flight", self.max_in_flight)
-        object.__setattr__(self, "options", dict(self.options))
-        for key, value in self.options.items():
-            secret = not key.endswith("password") or bool(_SECRET.fullmatch(str(value)))
-            _require(secret, f"Kafka option {key!r} holds a secret: write 'secret:NAME', and set the secret NAME")
+        object.__setattr__(self, "options", {key: _kafka_value(key, value) for key, value in self.options.items()})
 
     @property
     def label(self) -> str:
@@ -191,6 +196,16 @@ def _check_schedule(schedule: str, time_zone: str) -> None:
 def _check_count(name: str, value: Any) -> None:
     whole = isinstance(value, int) and not isinstance(value, bool) and math.isfinite(value) and value >= 1
     _require(whole, f"{name} must be a whole number of 1 or more, not {value!r}")
+
+
+def _kafka_value(key: str, value: Any) -> str:
+    """An option of librdkafka as text. Raises SpecError for one that is ours to set, and for a secret in plain."""
+    _require(key not in _KAFKA_OWN, f"Kafka option {key!r} is not yours to set: {_KAFKA_OWN.get(key)}")
+    _require(isinstance(value, str | int | float), f"Kafka option {key!r} must be text or a number, not {value!r}")
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    is_safe = not _KAFKA_SECRET.search(key) or bool(_SECRET.fullmatch(text))
+    _require(is_safe, f"Kafka option {key!r} holds a secret: write 'secret:NAME', and set the secret NAME")
+    return text
 
 
 def _check_address(url: str | None) -> None:

@@ -5,9 +5,12 @@ The Kafka adapter talks to librdkafka's mock cluster over TCP: the client is the
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import socket
+import ssl
+import struct
 import subprocess
 import threading
 import time
@@ -18,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from mlfuncs.errors import MlfuncsError, Unavailable
+from mlfuncs.errors import MlfuncsError, SpecError, Unavailable
 from mlfuncs.serving.client import error_of
 from mlfuncs.settings import Settings
 from mlfuncs.triggers import KafkaTopic, RedisStream
@@ -329,9 +332,8 @@ def gate_opened(gate: threading.Event) -> None:
     assert gate.wait(30)
 
 
+@pytest.mark.parametrize("broker", ["redis", "redis-cluster", "kafka"], indirect=True)
 def test_how_much_waits_is_told_by_redis_and_by_kafka(broker: Any) -> None:
-    if isinstance(broker, MemoryBroker):
-        pytest.skip("a queue in memory has no lag to tell")
     for _ in range(7):
         broker.send(b"1")
     gate = threading.Event()
@@ -390,3 +392,132 @@ def test_samples_leave_out_what_is_not_known() -> None:
     values = {"kind": "kafka", "label": "kafka t (g)", "state": "failing", "served": 3, "waiting": None, "last_at": 0.0}
     add_triggers(add, {"p/score/ab": values})
     assert found == {"up": 0, "delivered_total": 3}
+
+
+def test_a_second_kafka_consumer_takes_its_share_and_the_last_one_all_without_losing_a_record(
+    kafka_cluster: tuple[Any, str],
+) -> None:
+    broker = KafkaBroker(*kafka_cluster)
+    served: list[int] = []
+
+    def join() -> tuple[Any, Pump]:
+        source: Any = broker.open()
+        return source, Pump(source, lambda message: served.append(json.loads(message.body)), QUICK)
+
+    def send(first: int) -> None:
+        for number in range(first, first + 20):
+            broker.producer.produce(broker.topic, str(number), key=str(number))  # over all partitions
+        assert broker.producer.flush(10) == 0
+
+    def turn(holds: Callable[[], Any], *pumps: Pump) -> None:
+        deadline = time.monotonic() + 30
+        while not holds():
+            assert time.monotonic() < deadline, sorted(served)
+            for pump in pumps:
+                pump.step(0.05)
+
+    def partitions(source: Any) -> int:
+        return len(source._consumer.assignment())
+
+    send(0)
+    one, first = join()
+    turn(lambda: first.in_flight, first)  # some are in flight when the other one comes
+    two, second = join()
+    turn(lambda: partitions(one) == partitions(two) == 2, first, second)
+    send(20)
+    turn(lambda: set(served) == set(range(40)), first, second)
+    first.close()
+    turn(lambda: partitions(two) == 4, second)
+    send(40)
+    turn(lambda: set(served) == set(range(60)) and not second.in_flight, second)
+    second.close()
+    served.clear()
+    _, last = join()
+    broker.send(b"60")
+    turn(lambda: served, last)
+    last.close()
+    assert served == [60]  # all else was committed
+
+
+class SaslBroker(threading.Thread):
+    """Speaks TLS and as much of Kafka as a client says before it is let in; keeps the name and password that came."""
+
+    def __init__(self, certificate: Path, key: Path) -> None:
+        super().__init__(daemon=True)
+        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.context.load_cert_chain(certificate, key)
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        self.shown: list[bytes] = []
+
+    def run(self) -> None:
+        while True:
+            try:
+                plain, _ = self.listener.accept()
+            except OSError:
+                return
+            with plain, contextlib.suppress(OSError, ValueError, struct.error):
+                self._serve(self.context.wrap_socket(plain, server_side=True))
+
+    def _serve(self, connection: ssl.SSLSocket) -> None:
+        stream = connection.makefile("rb")
+        while True:
+            (size,) = struct.unpack(">i", stream.read(4))
+            request = stream.read(size)
+            key, version, correlation = struct.unpack(">hhi", request[:8])
+            if key == 18 and version:  # ApiVersions, newer than we speak: the client asks again with version 0
+                body = struct.pack(">hi", 35, 0)
+            elif key == 18:
+                known = [(18, 0, 0), (17, 0, 1), (36, 0, 0), (3, 0, 1)]
+                body = struct.pack(">hi", 0, len(known)) + b"".join(struct.pack(">hhh", *entry) for entry in known)
+            elif key == 17:  # SaslHandshake: PLAIN is fine
+                body = struct.pack(">hi", 0, 1) + struct.pack(">h", 5) + b"PLAIN"
+            elif key == 36:  # SaslAuthenticate: enough seen
+                self.shown.append(request)
+                body = struct.pack(">hhi", 58, -1, -1)
+            else:
+                return
+            connection.sendall(struct.pack(">ii", len(body) + 4, correlation) + body)
+
+
+def test_kafka_gets_tls_and_sasl_options_with_secrets_put_in(
+    tmp_path: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("confluent_kafka")
+    certificate, key = redis_servers.certificate(tmp_path / "tls")
+    server = SaslBroker(certificate, key)
+    server.start()
+    monkeypatch.setenv("KAFKA_PASSWORD", "s3cret")
+    options = {
+        "security.protocol": "SASL_SSL",
+        "sasl.mechanism": "PLAIN",
+        "sasl.username": "ann",
+        "sasl.password": "secret:KAFKA_PASSWORD",
+        "ssl.ca.location": str(certificate),
+    }
+    topic = KafkaTopic("clicks", servers=f"127.0.0.1:{server.port}", options=options)
+    assert "s3cret" not in repr(topic)
+    runner = make_runner(
+        Entry("test", "score", 5.0, topic),
+        Callee("http://127.0.0.1:9/score", 5.0),
+        CronMemories(tmp_path / "cron.json"),
+        settings,
+        "x",
+    )
+    runner.start()
+    try:
+        until(lambda: server.shown, "the client to show its password")
+    finally:
+        server.listener.close()
+        runner.stopping.set()
+        runner.join(10.0)
+    assert server.shown[0].endswith(b"\0ann\0s3cret")
+
+
+def test_a_kafka_option_that_librdkafka_does_not_know_is_an_error_that_names_it(tmp_path: Path) -> None:
+    pytest.importorskip("confluent_kafka")
+    from mlfuncs_runtime.triggers.kafka import KafkaSource
+
+    for options, word in [({"sasl.mechanizm": "PLAIN"}, "sasl.mechanizm"), ({"security.protocol": "tls"}, "tls")]:
+        with pytest.raises(SpecError, match=rf"'clicks'.*{word}"):
+            KafkaSource(KafkaTopic("clicks", servers="b:9092"), "b:9092", options)

@@ -56,6 +56,12 @@ def test_what_is_no_list_of_different_triggers_is_refused(triggers: Any) -> None
         lambda: ml.RedisStream("orders", url="host"),
         lambda: ml.KafkaTopic("clicks", servers=""),
         lambda: ml.KafkaTopic("clicks", servers="b:9092", options={"sasl.password": "hunter2"}),
+        lambda: ml.KafkaTopic("clicks", servers="b:9092", options={"ssl.key.pem": "-----BEGIN"}),
+        lambda: ml.KafkaTopic("clicks", servers="b:9092", options={"enable.auto.commit": True}),
+        lambda: ml.KafkaTopic("clicks", servers="b:9092", options={"group.id": "g"}),
+        lambda: ml.KafkaTopic("clicks", servers="b:9092", options={"retries": None}),  # type: ignore[dict-item]
+        lambda: ml.RedisStream("orders", url="http://host:6379"),
+        lambda: ml.RedisStream("orders", url="redis://host:6379?password=hunter2"),
     ],
 )
 def test_a_stream_that_cannot_be_right_is_refused_without_showing_a_password(make: Any) -> None:

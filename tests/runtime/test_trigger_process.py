@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -194,3 +194,39 @@ def test_cron_fires_a_missed_tick_once_and_down_ends_the_process(live: Path) -> 
     endpoint("score").delete()
     last = trigger_pid()
     wait_until(lambda: last is None or not is_running(last), "the process to end when nothing has triggers")
+
+
+def test_records_of_a_kafka_topic_reach_the_endpoint_and_poison_goes_aside(live: Path) -> None:
+    """The client is librdkafka as it is; the brokers are its own mock cluster, over TCP."""
+    kafka = pytest.importorskip("confluent_kafka")
+    out = str(live.parent / "out.txt")
+
+    def score(number: int) -> None:
+        if number < 0:
+            raise ValueError("poison")
+        with open(out, "a") as file:
+            file.write(f"{number}\n")
+
+    producer = kafka.Producer({"bootstrap.servers": "mock", "test.mock.num.brokers": 1, "log_level": 0})
+    servers = ",".join(f"{one.host}:{one.port}" for one in producer.list_topics(timeout=10).brokers.values())
+
+    def send(numbers: Iterable[int]) -> None:
+        for number in numbers:
+            producer.produce("clicks", json.dumps({"number": number}), key=str(number))
+        assert producer.flush(10) == 0
+
+    send(range(-1, 10))
+    quick = {"heartbeat.interval.ms": 200, "session.timeout.ms": 6000}
+    topic = ml.KafkaTopic("clicks", servers=servers, group="score", max_tries=2, options=quick)
+    place = ml.function(name="score", triggers=[topic])(score).deploy()
+    wait_until(lambda: {*lines(Path(out))} == {str(n) for n in range(10)}, "all records")
+    wait_until(
+        lambda: [t for t in status() if t.get("buried") == 1 and not t["in_flight"]], "the poison to be put aside"
+    )
+    assert metrics(place.url)["delivered_total"] == 10.0
+    killed = trigger_pid()
+    assert killed is not None
+    os.kill(killed, signal.SIGKILL)
+    send(range(10, 15))
+    wait_until(lambda: {*lines(Path(out))} == {str(n) for n in range(15)}, "the records after the crash")
+    assert len(lines(Path(out))) == 15  # what was committed did not come again

@@ -68,14 +68,18 @@ class KafkaSource:
         except (kafka.KafkaException, ValueError, TypeError) as exc:
             raise SpecError(f"Kafka topic {spec.topic!r}: the options are not valid ({exc})") from exc
         self._offsets: dict[Partition, Offsets] = {}
+        self._due: dict[Partition, int] = {}  # offsets to commit
+        codes = kafka.KafkaError
+        self._moving = (codes.REBALANCE_IN_PROGRESS, codes.ILLEGAL_GENERATION, codes.UNKNOWN_MEMBER_ID)
         self._paused = False
         self.waiting: int | None = None
         self._look_next_s = 0.0
-        self._consumer.subscribe([spec.topic], on_assign=self._assigned, on_revoke=self._lost, on_lost=self._lost)
+        self._consumer.subscribe([spec.topic], on_assign=self._assigned, on_revoke=self._revoked, on_lost=self._lost)
 
     def receive(self, limit: int, wait_s: float) -> Sequence[Message]:
         """Records as they come; with no room the partitions are paused, and the group still hears of us."""
         with self._talking():
+            self._commit()
             self._pause(limit < 1)
             self._look()
             deadline_s = time.monotonic() + wait_s
@@ -95,9 +99,9 @@ class KafkaSource:
         offsets = self._offsets.get(partition)
         commit = offsets.done(offset) if offsets else None
         if commit is not None:
-            with self._talking():
-                place = self._kafka.TopicPartition(*partition, commit)
-                self._consumer.commit(offsets=[place], asynchronous=False)
+            self._due[partition] = commit
+        with self._talking():
+            self._commit()
 
     def bury(self, message: Message, reason: str) -> None:
         """Produce it to `<topic>.dead`, and settle it when the brokers have it."""
@@ -152,12 +156,32 @@ class KafkaSource:
             (self._consumer.pause if wanted else self._consumer.resume)(partitions)
             self._paused = wanted
 
+    def _commit(self) -> None:
+        """Commit what is due; while the group shares the partitions out anew it stays due."""
+        if not self._due:
+            return
+        places = [self._kafka.TopicPartition(*partition, offset) for partition, offset in self._due.items()]
+        try:
+            self._consumer.commit(offsets=places, asynchronous=False)
+        except self._kafka.KafkaException as exc:
+            if exc.args[0].code() not in self._moving:
+                raise
+        else:
+            self._due.clear()
+
     def _assigned(self, _consumer: Any, _partitions: Sequence[Any]) -> None:
         self._paused = False
+
+    def _revoked(self, consumer: Any, partitions: Sequence[Any]) -> None:
+        """The last moment to commit; what that does not reach, the next owner is handed once more."""
+        with contextlib.suppress(self._kafka.KafkaException):
+            self._commit()
+        self._lost(consumer, partitions)
 
     def _lost(self, _consumer: Any, partitions: Sequence[Any]) -> None:
         for partition in partitions:
             self._offsets.pop((partition.topic, partition.partition), None)
+            self._due.pop((partition.topic, partition.partition), None)
 
     @contextlib.contextmanager
     def _talking(self) -> Iterator[None]:

@@ -139,7 +139,7 @@ class CronRunner(Runner):
         memory = self._memories.get(self.entry.key)
         fired = memory.fired.isoformat() if memory and memory.fired else None
         coming = next_time(self.cron.schedule, self._now(), self.cron.time_zone)
-        values = {"fired": fired, "next": coming.isoformat() if coming else None}
+        values: dict[str, Any] = {"fired": fired, "next": coming.isoformat() if coming else None}
         values |= {"last_at": self._last_at, "last_error": self._last_error}
         return {"state": "running" if any(t.is_alive() for t in self._fired) else "waiting", **self._counts, **values}
 
