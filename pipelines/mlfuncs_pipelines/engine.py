@@ -107,6 +107,7 @@ class Engine:
         self._finished = finished_steps(self.run.folder) if self.options.resume else {}
         self._log = RunLog(self.run.folder)
         self._over = False
+        self._environ = dict(os.environ)
         watched = any(type(one).step_logged is not Observer.step_logged for one in self.observers)
         self._processes = Processes(self.pool, functools.partial(self._tell, "step_logged") if watched else None)
 
@@ -227,7 +228,7 @@ class Engine:
         track = {"run_id": step_run_id(self.run.id, record), "journal": str(prepared.folder / "journal.jsonl")}
         body = make_request(prepared, self.options.containers, self.run.folder, track)
         body["digests"] = self.options.cache
-        request = place_request(prepared, body)
+        request = place_request(prepared, body, self._environ)
         given = {} if request.body is None else {"request": request.body}
         self._log.append("started", id=record.id, attempt=record.attempt, folder=str(prepared.folder), **given)
         self._processes.start(prepared, record, request, (key, lock))

@@ -33,8 +33,12 @@ def run_child(message, loaded, farewell):
     code, results, request = 1, {}, {}
     try:
         request = read_request(message)
+        for name, value in message["environ"].items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
         prepare(request)
-        os.environ.update(message.get("secret_env") or {})
         code, output = HANDLERS[request["kind"]](request, loaded)
         results = {"output": output, "digests": digests_of(request)}
     except SystemExit as exc:

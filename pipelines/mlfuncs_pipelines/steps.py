@@ -110,14 +110,14 @@ def make_request(
     return request
 
 
-def place_request(prepared: Prepared, request: dict[str, Any]) -> Request:
+def place_request(prepared: Prepared, request: dict[str, Any], environ: Mapping[str, str]) -> Request:
     """The request itself, or the file that it is put into because it is too long for a message."""
     text = json.dumps(request)
     if len(text) < _MESSAGE_BYTES:
-        return Request(request, None, prepared.plan.pod.env)
+        return Request(request, None, prepared.plan.pod.env, environ)
     path = prepared.folder / REQUEST_FILE
     path.write_text(text, encoding="utf-8")
-    return Request(None, path, prepared.plan.pod.env)
+    return Request(None, path, prepared.plan.pod.env, environ)
 
 
 def container_name(prepared: Prepared) -> str:

@@ -50,11 +50,15 @@ class Exit:
 
 @dataclass(frozen=True)
 class Request:
-    """What a step's process is to do, or the file that says so; `secret_env` is written down nowhere."""
+    """What a step's process is to do, or the file that says so.
+
+    `environ` is this process's environment at the start of the run; `secret_env` is written down nowhere.
+    """
 
     body: Mapping[str, Any] | None
     path: Path | None = None
     secret_env: Mapping[str, str] = field(default_factory=dict, repr=False)
+    environ: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
 @dataclass
@@ -73,6 +77,8 @@ class Worker:
     running: set[str] = field(default_factory=set)
     overflow: dict[str, Request] = field(default_factory=dict)
     modules: set[str] = field(default_factory=set)
+    environ: Mapping[str, str] = field(default_factory=dict, repr=False)  # this process's when the zygote began
+    own_env: frozenset[str] = frozenset()  # variables that the zygote has been given values of its own for
 
     def run(self, step_id: str, request: Request) -> None:
         """Start a step; its end comes as an Exit from `receive`."""
@@ -133,7 +139,16 @@ class Worker:
     def _run(self, step_id: str, request: Request) -> None:
         self.running.add(step_id)
         body = {"path": str(request.path)} if request.path else {"request": request.body}
-        self.send({"op": "run", "id": step_id, "inline": self.single, "secret_env": dict(request.secret_env), **body})
+        environ = {**self._changes(request.environ), **request.secret_env}
+        self.send({"op": "run", "id": step_id, "inline": self.single, "environ": environ, **body})
+
+    def _changes(self, now: Mapping[str, str]) -> dict[str, str | None]:
+        """What became of this process's environment since the zygote began; None for a variable that is gone."""
+        if now == self.environ:
+            return {}
+        changed = {name: value for name, value in now.items() if self.environ.get(name) != value}
+        gone = dict.fromkeys(self.environ.keys() - now.keys())
+        return {name: value for name, value in {**changed, **gone}.items() if name not in self.own_env}
 
     def _loaded(self, message: Mapping[str, Any]) -> list[Exit]:
         """The zygote is ready, or says why it never will be: start what waited, or hand it back."""
@@ -214,7 +229,7 @@ class WorkerPool:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             socket.send_fds(base.socket, [json.dumps({"op": "fork"}).encode()], [theirs.fileno()])
-        return _prepare(Worker(ours), preload)
+        return _prepare(Worker(ours, environ=base.environ), preload)
 
     def _evict(self) -> None:
         idle = [key for key, worker in self._workers.items() if worker.is_idle and key.step]
@@ -233,7 +248,7 @@ def _spawn(preload: Preload, single: bool = False) -> Worker:
             stdin=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C reaches the engine alone, which then ends the steps in order
         )
-    return _prepare(Worker(ours, process, single), preload)
+    return _prepare(Worker(ours, process, single, environ=dict(os.environ)), preload)
 
 
 def _prepare(worker: Worker, preload: Preload) -> Worker:
@@ -241,6 +256,7 @@ def _prepare(worker: Worker, preload: Preload) -> Worker:
     step = json.loads(preload.step) if preload.step else None
     worker.send({"op": "preload", "modules": preload.modules, "path": preload.path, "step": step})
     worker.modules.update(preload.modules)
+    worker.own_env = frozenset(name for name, _ in preload.env)
     worker.socket.setblocking(False)
     return worker
 

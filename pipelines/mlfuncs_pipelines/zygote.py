@@ -4,7 +4,7 @@ The standard library only (and syntax that Python 3.9 reads), because it also ru
 kfp's lightweight components, where mlfuncs is not installed. FD is one end of a SOCK_SEQPACKET pair; messages are JSON.
 
     engine to zygote   {"op": "preload", "modules": [..], "path": [..], "step": {..}}   answered by "ready"
-                       {"op": "run", "id": .., "request": {..} or "path": FILE, "inline": false}
+                       {"op": "run", "id": .., "request": {..} or "path": FILE, "environ": {..}, "inline": false}
                        {"op": "kill", "id": .., "signal": 15}
                        {"op": "fork"} with a socket attached: a child becomes another zygote behind that socket
     zygote to engine   {"event": "ready", "forkable": true, "error": ""}
