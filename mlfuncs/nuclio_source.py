@@ -1,7 +1,7 @@
 """Functions written for Nuclio, taken as they are: a nuclio-jupyter notebook, or a function.yaml.
 
 A notebook's cells are its code, except those with `# nuclio: ignore`, or all outside of `# nuclio: start-code` and
-`# nuclio: end-code`; `%nuclio env`, `cmd`, `config` and `env_file` lines and cells are its configuration.
+`# nuclio: end-code`; `%nuclio env`, `cmd`, `config`, `env_file` and `mount` lines and cells are its configuration.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import base64
 import binascii
 import json
 import linecache
-import os
 import re
 import shlex
 import sys
@@ -21,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlfuncs.errors import BundleError, MissingExtra, NotFound, SpecError
-from mlfuncs.spec import Resources, Scale, slugify
+from mlfuncs.nuclio_magics import configure
+from mlfuncs.spec import Pod, Resources, Scale, slugify
 
 if TYPE_CHECKING:
     from mlfuncs.decorator import Function
@@ -31,9 +31,7 @@ _IGNORE = re.compile(_MARK + "ignore", re.M)
 _START = re.compile(_MARK + r"start-code[^\n]*\n?", re.M)
 _END = re.compile(_MARK + "end-code", re.M)
 _MAGIC = re.compile(r"^[ \t]*(%%?)nuclio[ \t]+(\w+)[ \t]*(.*)$", re.M)
-_CONFIG = re.compile(r"(\w+(?:\.\w+)*)\s*(\+?=)\s*(.+)")
 _IGNORED_TAGS = {"nuclio-ignore", "mlrun-ignore"}
-_UNUSED = ("build", "deploy", "help", "show", "handler", "mount", "add")  # commands of a session, not of a function
 
 
 @dataclass
@@ -139,6 +137,8 @@ def spec_options(source: NuclioSource) -> dict[str, Any]:
     }
     if limits:
         options["resources"] = _resources(limits)
+    if volumes := _volumes(spec.get("volumes") or (), source.name):
+        options["pod"] = Pod(volumes=volumes)
     scale = _scale(spec)
     if scale is not None:
         options["scale"] = scale
@@ -193,66 +193,12 @@ def _take_magic(text: str, found: NuclioSource, path: Path) -> str:
     """The cell's Python; its %nuclio lines, or the whole cell under %%nuclio, go into the configuration."""
     cell = next((match for match in _MAGIC.finditer(text) if match[1] == "%%"), None)
     if cell is not None:
-        _configure(found, cell[2], [cell[3], *text[cell.end() :].splitlines()], path)
+        configure(found, cell[2], [cell[3], *text[cell.end() :].splitlines()], path)
         return ""
     for match in _MAGIC.finditer(text):
-        _configure(found, match[2], [match[3]], path)
+        configure(found, match[2], [match[3]], path)
     lines = [line for line in text.splitlines() if not line.lstrip().startswith(("%", "!"))]
     return "\n".join(lines)
-
-
-def _configure(found: NuclioSource, command: str, lines: list[str], path: Path) -> None:
-    lines = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
-    if command in _UNUSED:
-        if command == "handler":
-            raise SpecError(
-                f"{path.name}: '%%nuclio handler' makes a function of a cell; write def handler(context, event)"
-            )
-        return
-    if command in ("cmd", "env") and lines:
-        if lines[0].startswith(("-l", "--local-only")):
-            return
-        lines[0] = re.sub(r"^(-c|--config-only)\s*", "", lines[0])
-    lines = [os.path.expandvars(line) for line in lines if line]
-    spec = found.config["spec"]
-    if command == "cmd":
-        spec.setdefault("build", {}).setdefault("commands", []).extend(lines)
-    elif command == "env":
-        spec.setdefault("env", []).extend(_pair(line, path) for line in lines)
-    elif command == "env_file":
-        for name in lines:
-            text = (path.parent / name).read_text(encoding="utf-8").splitlines()
-            spec.setdefault("env", []).extend(_pair(line, path) for line in text if line.strip() and line[0] != "#")
-    elif command == "config":
-        for line in lines:
-            _set(found.config, line, path)
-    else:
-        raise SpecError(f"{path.name}: '%nuclio {command}' is not known: env, cmd, config and env_file are")
-
-
-def _pair(line: str, path: Path) -> dict[str, str]:
-    name, sign, value = line.partition("=")
-    if not sign:
-        raise SpecError(f"{path.name}: '%nuclio env {line}' is not of the form NAME=value")
-    return {"name": name.strip(), "value": value.strip().strip("\"'")}
-
-
-def _set(config: dict[str, Any], line: str, path: Path) -> None:
-    match = _CONFIG.match(line)
-    if not match:
-        raise SpecError(f"{path.name}: '%nuclio config {line}' is not of the form spec.key = JSON")
-    try:
-        value = json.loads(match[3])
-    except ValueError as exc:
-        raise SpecError(f"{path.name}: '%nuclio config {line}': the value is not JSON ({exc})") from exc
-    *folders, last = match[1].split(".")
-    place = config
-    for part in folders:
-        place = place.setdefault(part, {})
-    if match[2] == "+=":
-        place[last] = [*place.get(last, []), *(value if isinstance(value, list) else [value])]
-    else:
-        place[last] = value
 
 
 def _environment(items: Iterable[Mapping[str, Any]]) -> tuple[dict[str, str], list[str]]:
@@ -272,6 +218,18 @@ def _resources(limits: Mapping[str, Any]) -> Resources:
     cores = float(cpu[:-1]) / 1000 if cpu.endswith("m") else float(cpu) if cpu else None
     memory = str(limits["memory"]) if limits.get("memory") else None
     return Resources(cpu=cores, memory=memory, gpu=int(limits.get("nvidia.com/gpu") or 0))
+
+
+def _volumes(items: Iterable[Mapping[str, Any]], name: str) -> dict[str, dict[str, Any]]:
+    """Mount path to volume source. Raises SpecError for a sub-path, which a pod's volume has no word for."""
+    found: dict[str, dict[str, Any]] = {}
+    for item in items:
+        volume, mount = dict(item["volume"]), item["volumeMount"]
+        if mount.get("subPath"):
+            raise SpecError(f"{name}: the volume at {mount['mountPath']!r} has a subPath: mount the volume itself")
+        volume.pop("name", None)
+        found[str(mount["mountPath"])] = volume
+    return found
 
 
 def _scale(spec: Mapping[str, Any]) -> Scale | None:

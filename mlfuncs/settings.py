@@ -51,6 +51,7 @@ class Settings:
     image_registry: str = ""  # prefix of image names pushed for clusters, e.g. registry.example/team
     base_image: str = ""  # function base image; empty: the one built from this release's Dockerfile
     nuclio_dashboard: str = ""  # URL of a Nuclio dashboard
+    nuclio_gateway: str = ""  # domain of Nuclio's API gateways; empty: none
     uv_index_url: str = ""  # package index for locking and building; empty: uv's own default
 
     @property

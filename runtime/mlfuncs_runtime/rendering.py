@@ -134,11 +134,14 @@ def render_platform(settings: Settings, compose: bool) -> list[Manifest]:
 
 
 def _nuclio(function: Function[Any, Any], workload: Workload, settings: Settings) -> Rendered:
-    from mlfuncs_runtime.manifests.nuclio import nuclio_warnings, render_nuclio
+    from mlfuncs_runtime.manifests.nuclio import nuclio_warnings, render_api_gateway, render_nuclio
     from mlfuncs_runtime.nuclio.code import nuclio_code
 
-    document = render_nuclio(workload, nuclio_code(function.bundle.digest, settings))
-    return Rendered([document], nuclio_warnings(workload))
+    code = nuclio_code(function.bundle.digest, settings)
+    if not settings.nuclio_gateway:
+        return Rendered([render_nuclio(workload, code)], nuclio_warnings(workload))
+    gateway = render_api_gateway(workload, f"{workload.name}.{settings.nuclio_gateway}")
+    return Rendered([render_nuclio(workload, code, workload.revision_name), gateway], nuclio_warnings(workload))
 
 
 def _run_job(function: Function[Any, Any], image: str, settings: Settings) -> Rendered:

@@ -2,17 +2,23 @@
 
 import base64
 import json
+import os
 import threading
 import types
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import nuclio_sdk
+import numpy as np
 import pytest
 import yaml
 
 import mlfuncs as ml
 from mlfuncs.errors import DeployFailed, Forbidden, NotFound, SpecError, UntrustedError
 from mlfuncs.nuclio_source import load_deployable, read_notebook, requirements_of, spec_options
+from mlfuncs.spec import FunctionSpec
+from mlfuncs_runtime.manifests.nuclio import NuclioCode, nuclio_warnings, render_api_gateway, render_nuclio
+from mlfuncs_runtime.manifests.workload import Workload
 from mlfuncs_runtime.nuclio.export import open_exported
 
 HANDLER = """
@@ -31,7 +37,7 @@ class Dashboard:
     """The documented calls of a Nuclio dashboard: projects, functions, their states while they are built."""
 
     def __init__(self):
-        self.projects, self.functions, self.refuse, self.polls = {}, {}, 0, []
+        self.projects, self.functions, self.gateways, self.refuse, self.polls = {}, {}, {}, 0, []
         self.states, dashboard = ["building", "ready"], self
 
         class Handler(BaseHTTPRequestHandler):
@@ -61,8 +67,13 @@ class Dashboard:
                 self.projects[body["metadata"]["name"]] = body
                 return 201, body
             return 200, self.projects
+        if path.startswith("/api/api_gateways"):
+            return self.answer_gateway(method, path.removeprefix("/api/api_gateways").strip("/"), body)
         name = path.removeprefix("/api/functions").strip("/") or (body or {}).get("metadata", {}).get("name", "")
         if method == "DELETE":
+            used = [g for g in self.gateways.values() if name in str(g["spec"]["upstreams"])]
+            if used:
+                return 412, {"error": "Function is being used by one or more API-gateways"}
             self.functions.pop(name)
             return 200, {}
         if method in ("POST", "PUT"):
@@ -78,6 +89,34 @@ class Dashboard:
         if state == "error":
             found["status"]["message"] = "pip could not find it"
         return 200, found
+
+    def answer_gateway(self, method, name, body):
+        if method == "GET":
+            return (200, self.gateways[name]) if name in self.gateways else (404, {"error": "Api-Gateway not found"})
+        if method == "DELETE":
+            assert body["metadata"]["namespace"]
+            return 204, self.gateways.pop(body["metadata"]["name"])
+        assert method == ("PUT" if name else "POST") and body["status"] == {}
+        assert body["spec"]["name"] == body["metadata"]["name"] and body["metadata"]["namespace"]
+        upstreams = [upstream["nucliofunction"]["name"] for upstream in body["spec"]["upstreams"]]
+        assert set(upstreams) <= set(self.functions)
+        self.gateways[body["metadata"]["name"]] = body
+        return 200, body
+
+    def shares(self, name):
+        upstreams = self.gateways[name]["spec"]["upstreams"]
+        return {upstream["nucliofunction"]["name"]: upstream.get("percentage") for upstream in upstreams}
+
+
+@ml.function(requirements=[])
+class Times:
+    """Multiplies by a factor that a model knows."""
+
+    def __init__(self, factor: dict[str, float], model: np.ndarray) -> None:
+        self.factor = factor["by"] * float(model.sum())
+
+    def __call__(self, x: float) -> float:
+        return self.factor * x
 
 
 @ml.function(
@@ -116,7 +155,7 @@ def test_a_deploy_creates_the_project_builds_and_answers_in_the_processor(dashbo
     function = dashboard.functions["double"]
     spec = function["spec"]
     assert (spec["minReplicas"], spec["maxReplicas"], spec["triggers"]["http"]["numWorkers"]) == (0, 3, 2)
-    assert spec["scaleToZero"]["scaleResources"][0]["windowSize"] == "90s"
+    assert spec["scaleToZero"]["scaleResources"][0]["windowSize"] == "2m"
     assert {"name": "A", "value": "1"} in spec["env"] and "test" in dashboard.projects
     assert spec["env"][-1]["valueFrom"]["secretKeyRef"] == {"name": "double-secrets", "key": "KEY"}
     assert spec["build"]["commands"][0].startswith("pip install --no-cache-dir mlfuncs==")
@@ -164,6 +203,86 @@ def test_a_split_and_a_refused_or_missing_dashboard_are_named(dashboard, monkeyp
     monkeypatch.setenv("MLFUNCS_NUCLIO_DASHBOARD", "")
     with pytest.raises(SpecError, match="MLFUNCS_NUCLIO_DASHBOARD"):
         double.deploy(target="nuclio", name="other")
+
+
+def test_behind_a_gateway_two_revisions_share_requests(dashboard, monkeypatch):
+    monkeypatch.setenv("MLFUNCS_NUCLIO_GATEWAY", "fn.example.com")
+    endpoint = double.deploy(target="nuclio")
+    assert endpoint.url == "http://double.fn.example.com"
+    assert dashboard.shares("double") == {"double-rev-1": None}
+    canary = double.deploy(target="nuclio", timeout_s=30, traffic=20)
+    assert dashboard.shares("double") == {"double-rev-1": None, "double-rev-2": 20}
+    assert {replica.revision for replica in canary.status().replicas} == {"rev-1", "rev-2"}
+    with pytest.raises(SpecError, match="splits between two revisions"):
+        double.deploy(target="nuclio", timeout_s=31, traffic=20)
+    canary.promote("rev-2")
+    assert dashboard.shares("double") == {"double-rev-2": None} and list(dashboard.functions) == ["double-rev-2"]
+    canary.rollback()
+    assert dashboard.shares("double") == {"double-rev-1": None}
+    canary.delete()
+    assert dashboard.functions == dashboard.gateways == {}
+
+
+def test_behind_a_gateway_a_failed_build_touches_nothing_that_serves(dashboard, monkeypatch):
+    monkeypatch.setenv("MLFUNCS_NUCLIO_GATEWAY", "fn.example.com")
+    double.deploy(target="nuclio")
+    dashboard.states = ["building", "error"]
+    with pytest.raises(DeployFailed, match=r"pip could not find it; rev-1 still serves"):
+        double.deploy(target="nuclio", timeout_s=30)
+    assert dashboard.shares("double") == {"double-rev-1": None} and list(dashboard.functions) == ["double-rev-1"]
+
+
+def test_after_a_failed_build_the_only_function_is_what_it_was(dashboard):
+    double.deploy(target="nuclio")
+    dashboard.states = ["building", "error"]
+    with pytest.raises(DeployFailed):
+        double.deploy(target="nuclio", timeout_s=30)
+    assert dashboard.functions["double"]["metadata"]["annotations"]["mlfuncs.dev/revision"] == "rev-1"
+
+
+def test_a_class_gets_its_constructors_values_in_the_processor(dashboard):
+    Times.deploy(target="nuclio", factor={"by": 2.0}, model=np.ones(3))
+    module, context = exported_by(dashboard, "times"), processor()
+    module.init_context(context)
+    answer = module.handler(context, nuclio_sdk.Event(body=b'{"x": 7}'))
+    assert (answer.status_code, answer.body) == (200, b"42.0")
+
+
+def test_constructors_values_too_large_for_the_function_say_where_to_put_them(dashboard):
+    with pytest.raises(SpecError, match="MLFUNCS_ARTIFACTS_URL"):
+        Times.deploy(target="nuclio", factor={"by": 2.0}, model=np.random.default_rng(1).random(200_000))
+
+
+EVERYTHING = FunctionSpec(
+    name="churn",
+    resources=ml.Resources(cpu=1.5, memory="1Gi", gpu=1),
+    scale=ml.Scale(min=0, max=4, concurrency=8),
+    timeout_s=90,
+    env={"THRESHOLD": "0.5"},
+    secrets=("DB_PASSWORD",),
+    labels={"team": "growth"},
+    pod=ml.Pod(
+        node_selector={"pool": "gpu"},
+        tolerations=({"key": "nvidia.com/gpu", "operator": "Exists"},),
+        volumes={"/models": {"persistentVolumeClaim": {"claimName": "models"}}},
+        image_pull_secrets=("registry",),
+        priority_class="high",
+    ),
+)
+
+
+def test_nuclios_objects_are_as_the_golden_file_says(monkeypatch):
+    monkeypatch.setattr("mlfuncs.__version__", "1.2.3")
+    workload = Workload("churn", "shop", "rev-3", "", EVERYTHING, "ml", {"rev-2": 90, "rev-3": 10})
+    code = NuclioCode("d" * 64, b"zip", "ed25519:a2V5 c2ln", "ed25519:a2V5", ("six==1.17.0 --hash=sha256:0",))
+    gateway = render_api_gateway(workload, "churn.fn.example.com")
+    rendered = yaml.safe_dump_all([render_nuclio(workload, code, "churn-rev-3"), gateway], sort_keys=False)
+    path = Path(__file__).parent / "golden" / "manifests" / "nuclio-everything.yaml"
+    if os.environ.get("UPDATE_GOLDEN"):
+        path.write_text(rendered)
+    assert rendered == path.read_text()
+    warnings = "\n".join(nuclio_warnings(workload))
+    assert "autoscaler and DLX" in warnings and "idle after 2m" in warnings
 
 
 def notebook(tmp_path, *cells, name="greeter.ipynb"):
@@ -249,6 +368,35 @@ def test_a_function_yaml_is_a_function_with_its_code_inside_or_beside(tmp_path):
         load_deployable(str(path))
     (tmp_path / "main.py").write_text(HANDLER)
     assert load_deployable(str(path)).spec.name == "greeter"
+
+
+def test_mounts_of_a_notebook_are_volumes_as_nuclio_jupyter_makes_them(tmp_path):
+    from nuclio.config import Volume
+
+    path = notebook(
+        tmp_path, "%nuclio mount -t pvc -n data /data claim\n%nuclio mount --type secret /keys keys", HANDLER
+    )
+    theirs = {"spec": {}}
+    Volume("/data", "claim", typ="pvc", name="data").render(theirs)
+    Volume("/keys", "keys", typ="secret").render(theirs)
+    source = read_notebook(path)
+    assert source.config["spec"]["volumes"] == theirs["spec"]["volumes"]
+    assert spec_options(source)["pod"].volumes == {
+        "/data": {"persistentVolumeClaim": {"claimName": "claim"}},
+        "/keys": {"secret": {"secretName": "keys"}},
+    }
+    with pytest.raises(SpecError, match="Iguazio"):
+        read_notebook(notebook(tmp_path, "%nuclio mount /data ~/data"))
+
+
+def test_added_modules_go_with_the_code_and_other_files_are_refused(tmp_path):
+    (tmp_path / "lib.py").write_text("x = 1")
+    (tmp_path / "model.json").write_text("{}")
+    assert "import lib" in read_notebook(notebook(tmp_path, "%nuclio add -f lib.py", "import lib")).code
+    with pytest.raises(SpecError, match=r"adds 'model\.json'"):
+        read_notebook(notebook(tmp_path, "%%nuclio add\nlib.py\nmodel.json"))
+    with pytest.raises(NotFound, match=r"gone\.py"):
+        read_notebook(notebook(tmp_path, "%nuclio add -f gone.py"))
 
 
 def test_what_cannot_be_taken_over_is_named(tmp_path):
