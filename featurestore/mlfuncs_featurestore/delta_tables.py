@@ -178,6 +178,14 @@ def write_file(uri: str, rows: pa.Table, bucket: int, *, data_change: bool = Tru
     return AddAction(path, size, {BUCKET: str(bucket)}, now_ms, data_change, json.dumps(file_statistics(rows)))
 
 
+def write_bytes(uri: str, path: str, content: pa.Buffer) -> None:
+    """Write a small file below the table."""
+    part = 2**20  # Delta's streams take what fits Arrow's own buffer, not Arrow buffers
+    with filesystem(uri).open_output_stream(path, buffer_size=4 * part) as sink:
+        for start in range(0, content.size, part):
+            sink.write(content[start : start + part])
+
+
 def _is_float(kind: pa.DataType) -> bool:
     if pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
         return _is_float(kind.value_type)

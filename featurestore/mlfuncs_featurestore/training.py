@@ -114,11 +114,15 @@ def _save_spine(store: FeatureStore, digest: str, table: pa.Table) -> None:
     files = delta.filesystem(uri)
     if files.get_file_info(path).size:
         return
+    content = pa.BufferOutputStream()
+    with pa.ipc.new_file(content, table.schema) as writer:
+        writer.write_table(table)
+    # an object store shows an object whole or not at all; a file system shows one under way
+    temporary = f"{digest}.{os.getpid()}.part" if delta.is_local(uri) else path
     try:
-        temporary = f"{digest}.{os.getpid()}.part"
-        with files.open_output_stream(temporary) as sink, pa.ipc.new_file(sink, table.schema) as writer:
-            writer.write_table(table)
-        files.move(temporary, path)
+        delta.write_bytes(uri, temporary, content.getvalue())
+        if temporary != path:
+            files.move(temporary, path)
     except OSError as exc:
         raise StorageError(f"the spine cannot be stored in {uri}: {exc}") from exc
 

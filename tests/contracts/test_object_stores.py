@@ -173,6 +173,20 @@ class TestRemoteObjects(ObjectStoreContract):
             store(objects)
 
 
+class TestS3Objects(ObjectStoreContract):
+    @pytest.fixture
+    def objects(self, s3_bucket: str, tmp_path: Path) -> ObjectStore:
+        return RemoteObjects(f"{s3_bucket}/artifacts", tmp_path / "cache")
+
+    def test_another_machine_reads_what_one_wrote(self, s3_bucket: str, tmp_path: Path) -> None:
+        store(RemoteObjects(f"{s3_bucket}/artifacts", tmp_path / "one"))
+        assert RemoteObjects(f"{s3_bucket}/artifacts", tmp_path / "two").path(DIGEST).read_bytes() == CONTENT
+
+    def test_a_bucket_that_is_not_there_is_a_storage_error(self, s3_bucket: str, tmp_path: Path) -> None:
+        with pytest.raises(StorageError, match="no-such-bucket"):
+            store(RemoteObjects("s3://no-such-bucket/artifacts", tmp_path))
+
+
 def test_url_chooses_the_adapter(tmp_path: Path) -> None:
     assert isinstance(open_objects(str(tmp_path), tmp_path), LocalObjects)
     assert isinstance(open_objects(f"file://{tmp_path}", tmp_path), LocalObjects)
