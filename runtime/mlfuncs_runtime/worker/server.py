@@ -51,9 +51,10 @@ def listen_unix(path: str) -> socket.socket:
 def preload() -> None:
     """Import what serving needs, in a process that will fork; starts nothing."""
     import httptools
+    import uvicorn.lifespan.off as lifespan
     import uvicorn.protocols.http.httptools_impl as protocol
 
-    assert httptools and protocol
+    assert httptools and lifespan and protocol
 
 
 class _Server(uvicorn.Server):

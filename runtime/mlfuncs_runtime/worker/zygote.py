@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import gc
 import json
 import logging
 import math
@@ -78,16 +77,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _load(config: WorkerConfig, settings: Settings) -> WorkerApp:
-    """The application, with everything that a worker imports loaded too, and the heap frozen for sharing."""
-    from mlfuncs_runtime.worker import server, spans
+    """The application, with everything that a worker imports loaded too, and the heap settled for sharing."""
+    from mlfuncs_runtime.worker import heap, server, spans
 
     worker.prepare_process(dataclasses.replace(config, resources=type(config.resources)()), settings, shared=True)
     app = worker.load_app(config, settings)
     server.preload()
     if settings.otel_endpoint:
         spans.preload()
-    gc.collect()
-    gc.freeze()  # a collection in a child would write to, and so copy, every page of the heap
+    heap.settle()
     return app
 
 
