@@ -1,16 +1,20 @@
-"""Online features against raw Redis and Feast: reads of 1 and 100 entities x 20 float64, newest-wins writes, windows.
+"""Online features against raw Redis and Feast: reads of 1 and 100 entities x 20 floats, newest-wins writes, materialize.
 
-    python benchmarks/featurestore_online.py [--seconds 1.0] [--rounds 5] [--no-feast] [--json FILE]
+    python benchmarks/featurestore_online.py [--seconds 1.0] [--rounds 5] [--no-feast] [--plot FILE] [--json FILE]
 
 One redis-server without persistence for all, over TCP on loopback. Raw is what a careful engineer writes by hand:
-packed values, MGET, one numpy.frombuffer; MSET for writes. Rounds are interleaved; wall time is the best round, CPU
-time (of the client process) the median of its rounds, and the ratio that of the same round's pairs, in the median.
-Feast runs in an environment of its own, made on first use.
+packed values, MGET, one numpy.frombuffer; a blind MSET of 1000 for writes, which lets an older row win. Rounds are
+interleaved; wall time is the best round, CPU time (of the client process) the median of its rounds, and the ratio that
+of the same round's pairs, in the median. Writes are measured into an empty Redis and over older rows, with Redis's own
+CPU beside. To materialize is from a stored table (Feast: a Parquet file) to Redis, in a process of its own. Feast runs
+in an environment of its own, made on first use.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import datetime
 import json
 import shutil
 import socket
@@ -19,48 +23,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from contest import OURS, child_command, cost_of, finish, parse, run, say, show
+from peers import FEAST, peer_python
+
 FEATURES = 20
 WRITE_ROWS = 200_000
-FEAST = ["feast[redis]>=0.40", "redis>=5,<7", "hiredis", "setuptools<81"]
-FEAST_SCRIPT = """
-import datetime, json, sys, time, tempfile, pathlib
-import numpy as np, pandas as pd
-from feast import Entity, FeatureStore, FeatureView, Field, FileSource, RepoConfig, ValueType
-from feast.types import Float64
-port, seconds, rows = int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
-folder = pathlib.Path(tempfile.mkdtemp())
-now = datetime.datetime.now(datetime.timezone.utc)
-frame = pd.DataFrame({f"f{i}": np.random.rand(rows) for i in range(20)})
-frame["user_id"], frame["event_timestamp"] = np.arange(rows), now - datetime.timedelta(hours=1)
-frame.to_parquet(folder / "rows.parquet")
-user = Entity(name="user", join_keys=["user_id"], value_type=ValueType.INT64)
-view = FeatureView(name="spend", entities=[user], ttl=datetime.timedelta(days=2), online=True,
-    schema=[Field(name=f"f{i}", dtype=Float64) for i in range(20)],
-    source=FileSource(path=str(folder / "rows.parquet"), timestamp_field="event_timestamp"))
-store = FeatureStore(config=RepoConfig(project="bench", provider="local", registry=str(folder / "registry.db"),
-    online_store={"type": "redis", "connection_string": f"127.0.0.1:{port}"}, entity_key_serialization_version=3))
-store.apply([user, view])
-begun, cpu = time.perf_counter(), time.process_time()
-store.materialize(now - datetime.timedelta(days=1), now)
-def per(count):
-    wall, spent = time.perf_counter() - begun, time.process_time() - cpu
-    return {"wall_us": wall / count * 1e6, "cpu_us": spent / count * 1e6}
-result = {"write": per(rows)}
-names = [f"spend:f{i}" for i in range(20)]
-for count in (1, 100):
-    entities = [{"user_id": user} for user in range(count)]
-    read = lambda: store.get_online_features(features=names, entity_rows=entities).to_dict()
-    read()
-    done, begun, cpu = 0, time.perf_counter(), time.process_time()
-    while time.perf_counter() - begun < 3 * seconds:
-        read(); done += 1
-    result[f"read {count}"] = per(done)
-print(json.dumps(result))
-"""
+MATERIALIZE_ROWS = 100_000
+NAMES = [f"f{place}" for place in range(FEATURES)]
+Figures = dict[str, dict[str, Any]]
 
 
 def measure(action: Callable[[], Any], seconds: float) -> tuple[float, float]:
@@ -75,36 +49,27 @@ def measure(action: Callable[[], Any], seconds: float) -> tuple[float, float]:
     return (time.perf_counter() - begun) / done * 1e6, (time.process_time() - cpu) / done * 1e6
 
 
-class Contest:
-    """Pairs of a hand-written action and ours, run in turns."""
+def compare(raw: Callable[[], Any], ours: Callable[[], Any], options: argparse.Namespace) -> dict[str, Any]:
+    """Both in turns: microseconds per call, and the ratios."""
+    pairs = [(measure(raw, options.seconds), measure(ours, options.seconds)) for _ in range(options.rounds)]
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
-        self.results: dict[str, dict[str, Any]] = {}
+    def figures(which: int) -> dict[str, float]:
+        wall, cpu = zip(*(pair[which] for pair in pairs), strict=True)
+        return {"wall_us": min(wall), "cpu_us": statistics.median(cpu)}
 
-    def run(self, name: str, raw: Callable[[], Any], ours: Callable[[], Any], per: int = 1) -> None:
-        """Measure both `rounds` times; times are per `per` things done in one call."""
-        rounds = []
-        for _ in range(self.options.rounds):
-            rounds.append((measure(raw, self.options.seconds), measure(ours, self.options.seconds)))
-        raw_us, raw_cpu = min(r[0][0] for r in rounds) / per, statistics.median(r[0][1] for r in rounds) / per
-        our_us, our_cpu = min(r[1][0] for r in rounds) / per, statistics.median(r[1][1] for r in rounds) / per
-        self.results[name] = {
-            "raw": {"wall_us": raw_us, "cpu_us": raw_cpu},
-            "mlfuncs": {"wall_us": our_us, "cpu_us": our_cpu},
-            "wall_ratio": statistics.median(r[1][0] / r[0][0] for r in rounds),
-            "cpu_ratio": our_cpu / raw_cpu,
-        }
+    ratios = {
+        f"{key}_ratio": statistics.median(pair[1][at] / pair[0][at] for pair in pairs)
+        for at, key in enumerate(("wall", "cpu"))
+    }
+    return {"raw": figures(0), OURS: figures(1), **ratios}
 
 
-def main() -> None:
-    """Run the benchmark and print its table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=1.0)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--no-feast", action="store_true")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+@contextlib.contextmanager
+def redis_server() -> Iterator[tuple[Any, int]]:
+    """A redis-server of our own (its psutil process) and its port."""
+    import psutil
+    import redis
+
     server = shutil.which("redis-server")
     if server is None:
         raise SystemExit("skipped: redis-server is not on PATH")
@@ -112,69 +77,112 @@ def main() -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        process = subprocess.Popen([server, "--port", str(port), "--save", "", "--dir", folder], **quiet)  # type: ignore[call-overload]
+        command = [server, "--port", str(port), "--save", "", "--dir", folder]
+        process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            results = compare(Path(folder), port, options)
+            deadline = time.monotonic() + 10
+            while True:
+                with contextlib.suppress(redis.ConnectionError):
+                    redis.Redis(port=port).ping()
+                    break
+                if time.monotonic() > deadline:
+                    raise SystemExit("redis-server does not answer")
+                time.sleep(0.02)
+            yield process, port
         finally:
             process.terminate()
             process.wait()
-    show(results)
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1))
 
 
-def compare(folder: Path, port: int, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """All measures, by what was done."""
+def new_store(folder: Path, port: int) -> tuple[Any, Any]:
+    """A feature store on this Redis, and its view of 20 floats."""
+    from mlfuncs.settings import Settings
+    from mlfuncs_featurestore import Entity, FeatureStore, FeatureView
+
+    store = FeatureStore(Settings(home=folder, project="bench", redis_url=f"redis://127.0.0.1:{port}"))
+    view = FeatureView("spend", [Entity("user_id", "int64")], dict.fromkeys(NAMES, "float64"), ttl="2d", online=True)
+    store.apply(view)
+    return store, view
+
+
+def make_rows(count: int, at_us: int) -> Any:
+    """One row for each of `count` users, all at one time."""
     import numpy as np
     import pyarrow as pa
+
+    random = np.random.default_rng(0)
+    times = pa.array(np.full(count, at_us)).cast(pa.timestamp("us", "UTC"))
+    values = {name: random.random(count) for name in NAMES}
+    return pa.table({"user_id": np.arange(count), "event_timestamp": times, **values})
+
+
+def compare_writes(folder: Path, port: int, server: Any, options: argparse.Namespace) -> Figures:
+    """Rows into an empty Redis and over older rows: microseconds a row of wall, client CPU and Redis CPU."""
+    import numpy as np
     import redis
 
-    from mlfuncs.settings import Settings
-    from mlfuncs_featurestore import Aggregation, Entity, FeatureStore, FeatureView
     from mlfuncs_featurestore.online_write import number_rows
 
-    client = redis.Redis(port=port)
-    wait_for(client)
-    store = FeatureStore(Settings(home=folder, project="bench", redis_url=f"redis://127.0.0.1:{port}"))
-    user = Entity("user_id", "int64")
-    fields = {f"f{place}": "float64" for place in range(FEATURES)}
-    view = FeatureView("spend", [user], fields, ttl="2d", online=True)
-    windows = [Aggregation("f0", ["sum", "mean", "count", "max"], ["1h", "24h"])]
-    busy = FeatureView("busy", [user], {"f0": "float64"}, online=True, aggregations=windows)
-    store.apply([view, busy])
-    now = time.time_ns() // 1000
-    random = np.random.default_rng(0)
-    users = np.arange(WRITE_ROWS)
-    values = {name: random.random(WRITE_ROWS) for name in fields}
-    times = pa.array(np.full(WRITE_ROWS, now - 1)).cast(pa.timestamp("us", "UTC"))
-    rows = number_rows(pa.table({"user_id": users, "event_timestamp": times, **values}), 1)
-    packed = [bytes(row) for row in np.column_stack(list(values.values()))]
-    keys = [f"raw:{number}" for number in users]
+    store, view = new_store(folder, port)
+    client, first_us = redis.Redis(port=port), time.time_ns() // 1000 - 10**9
+    table = make_rows(WRITE_ROWS, first_us)
+    packed = [bytes(row) for row in np.column_stack([table[name].to_numpy() for name in NAMES])]
+    keys = [f"raw:{number}" for number in range(WRITE_ROWS)]
 
-    def write_raw() -> None:
+    def write_raw(_: Any) -> None:
         for start in range(0, WRITE_ROWS, 1000):
             client.mset(dict(zip(keys[start : start + 1000], packed[start : start + 1000], strict=True)))
 
-    contest = Contest(options)
-    best: dict[str, list[tuple[float, float]]] = {"raw": [], "mlfuncs": []}
-    for _ in range(3):
-        for name, action in (("raw", write_raw), ("mlfuncs", lambda: store.online.write(view, rows))):
-            begun, cpu = time.perf_counter(), time.process_time()
-            action()
-            best[name].append((time.perf_counter() - begun, time.process_time() - cpu))
-    write: dict[str, Any] = {
-        name: {
-            "wall_us": min(w for w, _ in runs) / WRITE_ROWS * 1e6,
-            "cpu_us": min(c for _, c in runs) / WRITE_ROWS * 1e6,
+    def cost(action: Callable[[Any], Any], rows: Any) -> dict[str, float]:
+        begun, cpu, theirs = time.perf_counter(), time.process_time(), sum(server.cpu_times()[:2])
+        action(rows)
+        spent = {
+            "wall_us": time.perf_counter() - begun,
+            "cpu_us": time.process_time() - cpu,
+            "redis_us": sum(server.cpu_times()[:2]) - theirs,
         }
-        for name, runs in best.items()
-    }
-    write["wall_ratio"] = write["mlfuncs"]["wall_us"] / write["raw"]["wall_us"]
-    write["cpu_ratio"] = write["mlfuncs"]["cpu_us"] / write["raw"]["cpu_us"]
-    contest.results["write, newest wins (raw: blind MSET)"] = write
+        return {key: value / WRITE_ROWS * 1e6 for key, value in spent.items()}
 
-    names = [f"spend:{name}" for name in fields]
+    found: dict[str, dict[str, list[dict[str, float]]]] = {}
+    for number in range(options.rounds):
+        say(f"  writes: round {number + 1} of {options.rounds}")
+        client.flushall()
+        for kind, age in (("an empty Redis", 0), ("older rows", 1)):
+            rows = number_rows(make_rows(WRITE_ROWS, first_us + age), 1)
+            for who, action in (("raw", write_raw), (OURS, lambda rows: store.online.write(view, rows))):
+                found.setdefault(kind, {}).setdefault(who, []).append(cost(action, rows))
+    assert store.get_online_features("spend:f0", {"user_id": [7]}).to_numpy()[0, 0] == table["f0"][7].as_py()
+    return {f"write a row over {kind}, newest wins (raw: blind)": write_figures(runs) for kind, runs in found.items()}
+
+
+def write_figures(runs: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
+    """The best wall time and median CPU times of each, and the ratios of the same round."""
+
+    def figures(who: str) -> dict[str, float]:
+        best = {"wall_us": min(one["wall_us"] for one in runs[who])}
+        return best | {key: statistics.median(one[key] for one in runs[who]) for key in ("cpu_us", "redis_us")}
+
+    pairs = list(zip(runs["raw"], runs[OURS], strict=True))
+    ratios = {
+        f"{key}_ratio": statistics.median(o[f"{key}_us"] / r[f"{key}_us"] for r, o in pairs) for key in ("wall", "cpu")
+    }
+    ours = figures(OURS)
+    return {"raw": figures("raw"), OURS: ours, **ratios, "rows_per_s": 1e6 / ours["wall_us"]}
+
+
+def compare_reads(folder: Path, port: int, options: argparse.Namespace) -> Figures:
+    """Reads of packed rows."""
+    import numpy as np
+    import redis
+
+    store, _ = new_store(folder, port)
+    client, table = redis.Redis(port=port), make_rows(100, time.time_ns() // 1000 - 10**6)
+    store.ingest("spend", table)
+    store.materialize("spend")
+    packed = np.column_stack([table[name].to_numpy() for name in NAMES])
+    keys = [f"raw:{number}" for number in range(100)]
+    client.mset({key: bytes(row) for key, row in zip(keys, packed, strict=True)})
+    names, results = [f"spend:{name}" for name in NAMES], {}
     for count in (1, 100):
         wanted, entities = keys[:count], {"user_id": list(range(count))}
 
@@ -186,74 +194,184 @@ def compare(folder: Path, port: int, options: argparse.Namespace) -> dict[str, d
             return store.get_online_features(names, entities).to_numpy()
 
         assert (raw() == ours()).all()
-        contest.run(f"read {count} x {FEATURES}", raw, ours)
-    events = 200
-    ages = np.sort(random.integers(0, 86_400 * 10**6, events))
-    history = pa.array(np.tile(now - ages, 100)).cast(pa.timestamp("us", "UTC"))
-    of_user = np.repeat(np.arange(100), events)
-    store.online.write(
-        busy,
-        number_rows(pa.table({"user_id": of_user, "event_timestamp": history, "f0": random.random(len(of_user))}), 1),
-    )
-    blobs = store.online.plan(["busy"]).keys({"user_id": list(range(100))})
-    for count in (1, 100):
-        asked = {"user_id": list(range(count))}
-        contest.run(
-            f"read {count} x 8 windows of {events} events (raw: MGET)",
-            lambda count=count: client.mget(blobs[:count]),  # type: ignore[misc]
-            lambda asked=asked: store.get_online_features([f"busy:{one}" for one in busy.aggregates], asked).to_numpy(),  # type: ignore[misc]
-        )
-    if not options.no_feast:
-        add_feast(contest.results, port, options)
-    return contest.results
+        say(f"  reads of {count}")
+        results[f"read {count} x {FEATURES}"] = compare(raw, ours, options)
+    return results
 
 
-def add_feast(results: dict[str, dict[str, Any]], port: int, options: argparse.Namespace) -> None:
-    """Feast's times beside ours."""
-    from peers import peer_python
-
-    python = peer_python("feast-redis", FEAST)
-    if python is None:
-        return
-    run = subprocess.run(
-        [python, "-W", "ignore", "-c", FEAST_SCRIPT, str(port), str(options.seconds), "20000"],
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    if run.returncode:
-        print(f"feast is left out: {run.stderr.strip().splitlines()[-1]}", file=sys.stderr)
-        return
-    found = json.loads(run.stdout.strip().splitlines()[-1])
-    for name, result in results.items():
-        for key, measured in found.items():
-            if name.startswith((key + " x 20", key + ",")):
-                result["feast"] = measured
-
-
-def wait_for(client: Any) -> None:
-    """Until the server answers."""
+def compare_windows(folder: Path, port: int, options: argparse.Namespace) -> Figures:
+    """Reads that evaluate windows over the events of each entity; raw is the MGET alone."""
+    import numpy as np
+    import pyarrow as pa
     import redis
 
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:
+    from mlfuncs_featurestore import Aggregation, Entity, FeatureView
+
+    store, _ = new_store(folder, port)
+    windows = [Aggregation("f0", ["sum", "mean", "count", "max"], ["1h", "24h"])]
+    busy = FeatureView("busy", [Entity("user_id", "int64")], {"f0": "float64"}, online=True, aggregations=windows)
+    store.apply(busy)
+    client, events, random = redis.Redis(port=port), 200, np.random.default_rng(0)
+    times = time.time_ns() // 1000 - np.tile(np.sort(random.integers(0, 86_400 * 10**6, events)), 100)
+    rows = {"user_id": np.repeat(np.arange(100), events), "f0": random.random(100 * events)}
+    store.ingest("busy", pa.table({**rows, "event_timestamp": pa.array(times).cast(pa.timestamp("us", "UTC"))}))
+    store.materialize("busy")
+    names, results = [f"busy:{one}" for one in busy.aggregates], {}
+    blobs = store.online.plan(["busy"]).keys({"user_id": list(range(100))})
+    assert all(client.mget(blobs))
+    for count in (1, 100):
+        asked = {"user_id": list(range(count))}
+        say(f"  windows of {count}")
+        results[f"read {count} x 8 windows of {events} events (raw: MGET)"] = compare(
+            lambda count=count: client.mget(blobs[:count]),  # type: ignore[misc]
+            lambda asked=asked: store.get_online_features(names, asked).to_numpy(),  # type: ignore[misc]
+            options,
+        )
+    return results
+
+
+def materialize_ours(port: int, rows: int) -> dict[str, Any]:
+    """One `materialize` of a stored table."""
+    with tempfile.TemporaryDirectory() as folder:
+        store, _ = new_store(Path(folder), port)
+        store.ingest("spend", make_rows(rows, time.time_ns() // 1000 - 10**6))
+        cost, report = cost_of(lambda: store.materialize("spend"))
+    assert report.rows == rows
+    return cost
+
+
+def measure_feast(port: int, rows: int, seconds: float) -> dict[str, Any]:
+    """Feast's materialize and reads; runs in Feast's environment."""
+    import numpy as np
+    import pandas as pd
+    from feast import Entity, FeatureStore, FeatureView, Field, FileSource, RepoConfig, ValueType
+    from feast.types import Float64
+
+    now = datetime.datetime.now(datetime.UTC)
+    with tempfile.TemporaryDirectory() as folder:
+        frame = pd.DataFrame({name: np.random.default_rng(0).random(rows) for name in NAMES})
+        frame["user_id"], frame["event_timestamp"] = np.arange(rows), now - datetime.timedelta(hours=1)
+        frame.to_parquet(f"{folder}/rows.parquet")
+        user = Entity(name="user", join_keys=["user_id"], value_type=ValueType.INT64)
+        source = FileSource(path=f"{folder}/rows.parquet", timestamp_field="event_timestamp")
+        schema = [Field(name=name, dtype=Float64) for name in NAMES]
+        ttl = datetime.timedelta(days=2)
+        view = FeatureView(name="spend", entities=[user], ttl=ttl, online=True, schema=schema, source=source)
+        config = RepoConfig(
+            project="bench",
+            provider="local",
+            registry=f"{folder}/registry.db",
+            online_store={"type": "redis", "connection_string": f"127.0.0.1:{port}"},
+            entity_key_serialization_version=3,
+        )
+        store = FeatureStore(config=config)
+        store.apply([user, view])
+        cost, _ = cost_of(lambda: store.materialize(now - datetime.timedelta(days=1), now))
+        names = [f"spend:{name}" for name in NAMES]
+        for count in (1, 100):
+            entities = [{"user_id": user} for user in range(count)]
+
+            def read(entities: list[dict[str, int]] = entities) -> Any:
+                return store.get_online_features(features=names, entity_rows=entities).to_dict()
+
+            assert read()["f3"][0] == frame["f3"][0]
+            wall, cpu = measure(read, seconds)
+            cost |= {f"read {count} x {FEATURES}": {"wall_us": wall, "cpu_us": cpu}}
+    return cost
+
+
+def compare_materialize(port: int, options: argparse.Namespace, results: Figures) -> Figures:
+    """Rows a CPU second and peak memory of a `materialize`; Feast's reads are added to `results`."""
+    say("  materialize: mlfuncs")
+    costs = {OURS: run(child_command(__file__, OURS, port, MATERIALIZE_ROWS))}
+    python = None if options.no_feast else peer_python("feast", FEAST)
+    if python is not None:
+        say("  materialize and reads: feast")
         try:
-            client.ping()
-            return
-        except redis.ConnectionError:
-            time.sleep(0.02)
+            costs["feast"] = run(child_command(__file__, "feast", port, MATERIALIZE_ROWS, 3, python=python), 900)
+        except RuntimeError as exc:
+            say(f"  feast is left out: {exc}")
+    for name in results:
+        if name in costs.get("feast", {}):
+            results[name]["feast"] = costs["feast"][name]
+    return {
+        who: {"rows_per_cpu_s": MATERIALIZE_ROWS / cost["cpu"], "wall": cost["wall"], "mib": cost["mib"]}
+        for who, cost in costs.items()
+    }
 
 
-def show(results: dict[str, dict[str, Any]]) -> None:
-    """The table: microseconds per read or per row, wall and CPU of the client."""
-    print(f"{'':58}{'raw':>16}{'mlfuncs':>16}{'ratio':>14}{'feast':>18}")
-    print(f"{'us per read or row: wall / client CPU':58}")
+def main() -> None:
+    """Run the benchmark and print its tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=1.0)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--no-feast", action="store_true")
+    options = parse(parser)
+    if options.child:
+        who, port, rows, *seconds = options.child
+        ours = who == OURS
+        print(
+            json.dumps(
+                materialize_ours(int(port), int(rows))
+                if ours
+                else measure_feast(int(port), int(rows), *map(float, seconds))
+            )
+        )
+        return
+    results: Figures = {}
+    for part in (compare_reads, compare_windows):
+        with redis_server() as (_, port), tempfile.TemporaryDirectory() as folder:
+            results |= part(Path(folder), port, options)
+    with redis_server() as (server, port), tempfile.TemporaryDirectory() as folder:
+        results |= compare_writes(Path(folder), port, server, options)
+    with redis_server() as (_, port):
+        materialized = compare_materialize(port, options, results)
+    report(results, materialized)
+    finish(options, {"calls": results, "materialize": materialized}, draw)
+
+
+def report(results: Figures, materialized: Figures) -> None:
+    """The tables."""
+
+    def cell(one: dict[str, float] | None) -> str:
+        if one is None:
+            return ""
+        redis = f" / {one['redis_us']:.1f}" if "redis_us" in one else ""
+        return f"{one['wall_us']:.1f} / {one['cpu_us']:.1f}{redis}"
+
+    heads = ["raw", OURS, "wall / CPU ratio", "feast"]
+    rows = [
+        [cell(one["raw"]), cell(one[OURS]), f"{one['wall_ratio']:.2f} / {one['cpu_ratio']:.2f}", cell(one.get("feast"))]
+        for one in results.values()
+    ]
+    print("us per read or row: wall / client CPU (/ Redis CPU)")
+    for name, row in zip(["", *results], [heads, *rows], strict=True):
+        print(f"  {name:58}" + "".join(f"{text:>20}" for text in row))
     for name, one in results.items():
-        cells = [f"{one[who]['wall_us']:.1f} / {one[who]['cpu_us']:.1f}" for who in ("raw", "mlfuncs")]
-        feast = f"{one['feast']['wall_us']:.0f} / {one['feast']['cpu_us']:.0f}" if "feast" in one else ""
-        ratio = f"{one['wall_ratio']:.2f} / {one['cpu_ratio']:.2f}"
-        print(f"{name:58}{cells[0]:>16}{cells[1]:>16}{ratio:>14}{feast:>18}")
+        if "rows_per_s" in one:
+            print(f"  {name}: {one['rows_per_s']:,.0f} rows/s")
+    lines = [
+        [who, f"{one['rows_per_cpu_s']:,.0f}", f"{one['wall']:.2f}", f"{one['mib']:,.0f}"]
+        for who, one in materialized.items()
+    ]
+    show(f"materialize {MATERIALIZE_ROWS:,} rows x {FEATURES}", ["rows/CPU s", "wall s", "peak MiB"], lines)
+
+
+def draw(path: Path, figures: dict[str, Figures]) -> None:
+    """CPU of reads, and of materialize, on logarithmic scales."""
+    from plots import bars
+
+    panels = {}
+    for count in (1, 100):
+        one = figures["calls"][f"read {count} x {FEATURES}"]
+        panels[f"read {count} x {FEATURES}: CPU us"] = {
+            who: one[key]["cpu_us"]
+            for who, key in ((OURS, OURS), ("MGET + frombuffer", "raw"), ("feast", "feast"))
+            if key in one
+        }
+    panels["materialize: rows per CPU s"] = {who: one["rows_per_cpu_s"] for who, one in figures["materialize"].items()}
+    bars(path, panels, logarithmic=True)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
