@@ -27,7 +27,7 @@ from pathlib import Path
 
 import psutil
 
-from mlfuncs_runtime.routes import Access, Limits, Replica, Route
+from mlfuncs_runtime.routes import Access, Replica, Route
 
 BODY = json.dumps({"x": [round(0.1 * i, 1) for i in range(20)]})
 TOKEN = "benchmark"
@@ -161,12 +161,13 @@ def router_command(folder: Path, worker: str, port: int, *, everything: bool) ->
     """Our router's command with a table of one endpoint, plain or with every check on."""
     name = "everything" if everything else "plain"
     access = Access()
-    limits = Limits()
+    concurrency: dict[str, int] = {}
     if everything:
         digest = hashlib.sha256(TOKEN.encode()).hexdigest()
         access = Access((digest,), rate_per_s=1e9, burst=10**9, cors_origins=("https://example.org",))
-        limits = Limits(concurrency=1000)
-    route = Route("predict", "benchmark", {"rev-1": 1}, (Replica("one", "rev-1", worker),), limits, access)
+        concurrency = {"rev-1": 1000}
+    replicas = (Replica("one", "rev-1", worker),)
+    route = Route("predict", "benchmark", {"rev-1": 1}, replicas, access=access, concurrency=concurrency)
     state = folder / f"{name}.json"
     state.write_text(json.dumps({"routes": [route.to_dict()]}))
     paths = ["--control", str(folder / f"{name}.sock"), "--state", str(state)]

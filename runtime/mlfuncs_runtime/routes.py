@@ -27,7 +27,6 @@ class Limits:
     queue_size: int = 1000  # requests that may wait for a replica
     queue_bytes: int = 64 * 2**20  # bytes of request bodies that may wait
     body_bytes: int = 64 * 2**20  # largest request body
-    concurrency: int = 0  # requests at once per replica; 0: no limit
     timeout_s: float = 60.0  # from the first byte of the request to the last of the answer's head
 
 
@@ -47,6 +46,7 @@ class Route:
 
     `traffic` maps revision to a share; shares are relative weights above 0. `tags` maps a tag to a revision that
     `/<endpoint>--<tag>` reaches alone. `mirror` maps a revision to the percentage of requests copied to it.
+    `concurrency` is how many requests one replica of a revision takes at once (0, or not named: no limit).
     """
 
     endpoint: str
@@ -59,6 +59,7 @@ class Route:
     mirror: Mapping[str, int] = field(default_factory=dict)
     sticky_header: str = ""
     sticky_cookie: str = ""
+    concurrency: Mapping[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values; `from_dict` gives an equal route back."""

@@ -85,7 +85,7 @@ routes = st.builds(
     project=names,
     traffic=shares,
     replicas=st.lists(st.builds(Replica, names, names, names), max_size=3).map(tuple),
-    limits=st.builds(Limits, st.integers(0, 100), concurrency=st.integers(0, 9), timeout_s=st.floats(0.1, 100)),
+    limits=st.builds(Limits, st.integers(0, 100), timeout_s=st.floats(0.1, 100)),
     access=st.builds(
         Access, st.lists(names).map(tuple), st.floats(0, 10), st.integers(0, 5), st.lists(names).map(tuple)
     ),
@@ -93,6 +93,7 @@ routes = st.builds(
     mirror=st.dictionaries(names, st.integers(1, 100), max_size=2),
     sticky_header=names,
     sticky_cookie=names,
+    concurrency=st.dictionaries(names, st.integers(0, 9), max_size=3),
 )
 
 

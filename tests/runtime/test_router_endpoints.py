@@ -98,7 +98,7 @@ def test_a_caller_cannot_ask_for_more_time_than_the_endpoint_has() -> None:
 
 def test_queue_is_bound_by_count_and_answers_429_or_503_with_retry_after() -> None:
     async def test(harness: Harness) -> None:
-        limits = Limits(queue_size=2, concurrency=1)
+        limits = Limits(queue_size=2)
         harness.route(limits=limits)
         waiting = [await open_request(harness, "/predict/gate") for _ in range(2)]
         endpoint = harness.router.core.endpoints["predict"]
@@ -107,7 +107,7 @@ def test_queue_is_bound_by_count_and_answers_429_or_503_with_retry_after() -> No
         assert (away.status, away.json()["title"]) == (503, "Unavailable")
         assert int(away.header("retry-after")) >= 1
         worker = await harness.worker()
-        harness.route(worker, limits=limits)
+        harness.route(worker, limits=limits, concurrency={"rev-1": 1})
         waiting.append(await open_request(harness, "/predict/gate"))
         await until(lambda: endpoint.queued == 2)
         busy = await harness.call("POST", "/predict", b"{}")
@@ -138,7 +138,7 @@ def test_queue_is_bound_by_bytes() -> None:
 def test_never_more_in_flight_at_a_worker_than_its_concurrency(concurrency: int) -> None:
     async def test(harness: Harness) -> None:
         workers = [await harness.worker() for _ in range(2)]
-        harness.route(*workers, limits=Limits(concurrency=concurrency))
+        harness.route(*workers, concurrency={"rev-1": concurrency})
         total = concurrency * 2 + 5
         connections = [await open_request(harness, "/predict/gate") for _ in range(total)]
         endpoint = harness.router.core.endpoints["predict"]
@@ -157,7 +157,7 @@ def test_ten_times_overload_keeps_the_wait_of_admitted_requests_bounded() -> Non
 
     async def test(harness: Harness) -> None:
         worker = await harness.worker()
-        harness.route(worker, limits=Limits(concurrency=1, queue_size=10))
+        harness.route(worker, limits=Limits(queue_size=10), concurrency={"rev-1": 1})
         connections = [await open_request(harness, "/predict/gate") for _ in range(110)]
         endpoint = harness.router.core.endpoints["predict"]
         await until(lambda: endpoint.rejected.get("queue") == 99)
@@ -173,7 +173,7 @@ def test_ten_times_overload_keeps_the_wait_of_admitted_requests_bounded() -> Non
 def test_a_slow_sender_takes_no_place_until_its_body_is_here() -> None:
     async def test(harness: Harness) -> None:
         worker = await harness.worker()
-        harness.route(worker, limits=Limits(concurrency=1))
+        harness.route(worker, concurrency={"rev-1": 1})
         slow = await harness.connect()
         await slow.send(b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\n\r\nbo")
         revision = harness.router.core.endpoints["predict"].revisions["rev-1"]
@@ -438,6 +438,107 @@ def test_a_mirror_that_hangs_or_dies_never_slows_the_caller() -> None:
         assert (await harness.call("POST", "/predict/gate", b"{}")).status == 200
 
     with_router(test)
+
+
+def test_under_load_a_mirror_that_never_answers_stays_bounded_and_every_caller_is_served() -> None:
+    """40 callers at once send 2,000 requests; only the callers' worker answers. No call waits for the mirror: its
+    gate never opens, so a single wait would end the test by its deadline."""
+
+    async def test(harness: Harness) -> None:
+        main, shadow = await harness.worker("rev-1"), await harness.worker("rev-2")
+        main.gate.set()
+        harness.route(main, shadow, mirror={"rev-2": 100}, concurrency={"rev-1": 1, "rev-2": 1000})
+        endpoint = harness.router.core.endpoints["predict"]
+        most = 0
+
+        async def caller() -> int:
+            nonlocal most
+            connection, served = await harness.connect(), 0
+            for _ in range(50):
+                await connection.send(message("POST", "/predict/gate", b"x" * 1000))
+                served += (await connection.reply()).body == b"opened"
+                most = max(most, endpoint.mirror.under_way, len(shadow.seen))
+            connection.close()
+            return served
+
+        assert sum(await asyncio.gather(*(caller() for _ in range(40)))) == 2000
+        assert most <= 64 and (endpoint.mirror.under_way, endpoint.mirror.dropped) == (64, 2000 - 64)
+        assert endpoint.queued == 0 and endpoint.in_flight() == {"w0": 0, "w1": 64}
+
+    with_router(test, timeout_s=60.0)
+
+
+def test_a_mirrored_copy_ends_with_the_endpoints_timeout() -> None:
+    async def test(harness: Harness) -> None:
+        main, shadow = await harness.worker("rev-1"), await harness.worker("rev-2")
+        main.gate.set()
+        harness.route(main, shadow, mirror={"rev-2": 100}, limits=Limits(timeout_s=0.05))
+        mirror = harness.router.core.endpoints["predict"].mirror
+        assert (await harness.call("POST", "/predict/gate", b"{}")).status == 200
+        await until(lambda: mirror.sent == 1 and mirror.under_way == 0, "the copy to be given up")
+        await until(lambda: not shadow.connections, "its connection to be closed")
+
+    with_router(test)
+
+
+# --- bounds
+
+
+def test_each_revision_has_its_own_bound_per_replica() -> None:
+    async def test(harness: Harness) -> None:
+        one, many = await harness.worker("rev-1"), await harness.worker("rev-2")
+        harness.route(one, many, traffic={"rev-1": 50, "rev-2": 50}, concurrency={"rev-1": 1, "rev-2": 3})
+        endpoint = harness.router.core.endpoints["predict"]
+        connections = [await open_request(harness, "/predict/gate") for _ in range(8)]
+        await until(lambda: endpoint.in_flight() == {"w0": 1, "w1": 3} and endpoint.queued == 4)
+        one.gate.set()
+        many.gate.set()
+        assert [(await connection.reply()).status for connection in connections] == [200] * 8
+        assert len(one.seen) == len(many.seen) == 4
+
+    with_router(test)
+
+
+def test_an_endpoint_without_traffic_says_so_and_when_to_come_again() -> None:
+    async def test(harness: Harness) -> None:
+        worker = await harness.worker()
+        harness.route(worker, traffic={}, tags={"next": "rev-1"})
+        reply = await harness.call("POST", "/predict", b"{}", x_request_id="mine")
+        problem = reply.json()
+        assert (reply.status, reply.header("content-type")) == (503, "application/problem+json")
+        assert (problem["title"], problem["status"], problem["request_id"]) == ("Unavailable", 503, "mine")
+        assert "no revision of endpoint 'predict' has traffic" in problem["detail"]
+        assert "mlfuncs promote predict" in problem["detail"] and int(reply.header("retry-after")) >= 1
+        assert (await harness.call("POST", "/predict--next", b"{}")).status == 200
+        harness.route(worker)
+        assert (await harness.call("POST", "/predict", b"{}")).status == 200
+
+    with_router(test)
+
+
+def test_too_many_connections_are_told_to_come_again_and_a_flood_is_hung_up_on() -> None:
+    async def test(harness: Harness) -> None:
+        harness.route(await harness.worker())
+        held = [await harness.connect() for _ in range(4)]
+        for connection in held:
+            await connection.send(message("POST", "/predict", b"{}"))
+            assert (await connection.reply()).status == 200
+        fifth = await harness.connect()
+        await fifth.send(message("POST", "/predict", b"{}"))
+        reply = await fifth.reply()
+        assert (reply.status, reply.header("connection"), reply.header("retry-after")) == (503, "close", "1")
+        assert "4 connections" in reply.json()["detail"]
+        assert await (await harness.connect()).rest() == b""  # while the fifth lingers
+        fifth.close()
+        await until(lambda: len(harness.router.core.clients) == 4)
+        await held[0].send(message("POST", "/predict", b"{}"))  # who is in is served all the while
+        assert (await held[0].reply()).status == 200
+        held.pop().close()
+        await until(lambda: len(harness.router.core.clients) == 3)
+        assert (await harness.call("POST", "/predict", b"{}")).status == 200
+        assert harness.router.core.refused[503] == 2
+
+    with_router(test, RouterOptions(max_clients=4))
 
 
 # --- the end of a router

@@ -62,9 +62,7 @@ def test_stats_tell_load_by_second_and_empty_what_they_told() -> None:
 def test_configure_keeps_the_table_for_the_next_router_and_refuses_nonsense() -> None:
     async def test(harness: Harness) -> None:
         worker = await harness.worker()
-        route = Route(
-            "predict", "test", {"rev-1": 1}, (worker.replica,), Limits(concurrency=3), Access(("ab",), 1.5, 2)
-        )
+        route = Route("predict", "test", {"rev-1": 1}, (worker.replica,), Limits(queue_size=3), Access(("ab",), 1.5, 2))
         assert await harness.control({"op": "configure", "routes": [route.to_dict()]}) == {"routes": 1}
         assert (await harness.control({"op": "ping"}))["endpoints"] == ["predict"]
         kept = json.loads((harness.folder / "routes.json").read_text())

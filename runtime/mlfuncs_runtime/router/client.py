@@ -11,7 +11,7 @@ import socket
 import time
 from typing import TYPE_CHECKING, cast
 
-from mlfuncs.errors import MlfuncsError
+from mlfuncs.errors import MlfuncsError, Unavailable
 from mlfuncs_runtime.router.core import Core
 from mlfuncs_runtime.router.http import RequestHead, answer, problem, problem_of
 from mlfuncs_runtime.router.pages import answer_page
@@ -53,7 +53,10 @@ class Client(RequestReader):
         accepted = transport.get_extra_info("socket")
         if accepted is not None and accepted.family != socket.AF_UNIX:
             accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.core.clients.add(self)
+        core = self.core
+        core.clients.add(self)
+        if len(core.clients) > core.options.max_clients:
+            self._turn_away()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.core.clients.discard(self)
@@ -240,6 +243,18 @@ class Client(RequestReader):
         _, body = problem(status, _TITLES.get(status, "BadRequest"), detail, request_id)
         self.transport.write(answer(status, body, _PROBLEM, close=True))
         self.request = None
+        self._linger()
+
+    def _turn_away(self) -> None:
+        """Too many are connected: say so; in a flood, when as many again as a quarter of them linger, just hang up."""
+        core, limit = self.core, self.core.options.max_clients
+        core.refused[503] = core.refused.get(503, 0) + 1
+        if len(core.clients) > limit + max(1, limit // 4):
+            self.transport.abort()
+            return
+        error = Unavailable(f"the router holds {limit} connections, which is its bound; try again later", 1.0)
+        status, body, extra = problem_of(error, b"")
+        self.transport.write(answer(status, body, _PROBLEM, extra, close=True))
         self._linger()
 
     # --- ends

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mlfuncs.errors import MlfuncsError, NotFound, TooLarge, Unauthorized, Unavailable
+from mlfuncs.errors import MlfuncsError, NotFound, TooLarge, Unauthorized
 from mlfuncs_runtime.router.access import cors_headers, is_token_valid, preflight_headers
 from mlfuncs_runtime.router.endpoint import Endpoint, ReplicaState, RevisionState
 from mlfuncs_runtime.router.http import RequestHead, problem_of
@@ -36,6 +36,7 @@ class RouterOptions:
     """What a router process is told at its start. Times are seconds."""
 
     token_sha256: tuple[str, ...] = ()  # digests of the project's tokens; none: open
+    max_clients: int = 10_000  # connections at once; haproxy's maxconn is of this size
     short_body: int = 65_536  # a body up to this is read whole before a worker is taken up with it
     head_timeout_s: float = 10.0  # for a request's head to arrive: haproxy's timeout http-request
     idle_timeout_s: float = 75.0  # between requests of one connection: nginx's keepalive_timeout
@@ -224,7 +225,8 @@ class Core:
         try:
             return endpoint.split.next()
         except LookupError:
-            raise Unavailable(f"endpoint {endpoint.name!r} has no revision with traffic") from None
+            endpoint.reject("no-traffic")
+            raise endpoint.no_traffic() from None
 
     def _check_token(self, head: RequestHead, tokens: tuple[str, ...]) -> bool:
         """Whether the caller's token is one of ours. Raises Unauthorized when it must be and is not."""

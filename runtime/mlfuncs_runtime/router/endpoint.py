@@ -72,6 +72,7 @@ class RevisionState:
 
     def __init__(self, name: str, now_s: float) -> None:
         self.name = name
+        self.concurrency = 0  # requests at once per replica; 0: no limit
         self.replicas: list[ReplicaState] = []
         self.queue: OrderedDict[Request, None] = OrderedDict()
         self.meter = LoadMeter(now_s)
@@ -104,10 +105,11 @@ class Endpoint:
             self.bucket = TokenBucket(rate, burst, time.monotonic()) if rate > 0 else None
         self.route = route
         self.split = Split(route.traffic)
-        self.concurrency = route.limits.concurrency
         self.mirror.update(route.mirror)
         for name in {*route.traffic, *route.tags.values(), *route.mirror, *(r.revision for r in route.replicas)}:
             self.revision(name)
+        for name, revision in self.revisions.items():
+            revision.concurrency = route.concurrency.get(name, 0)
         wanted = {replica.id: replica for replica in route.replicas}
         for key, state in list(self.replicas.items()):
             if wanted.get(key) != state.replica:
@@ -126,6 +128,7 @@ class Endpoint:
         state = self.revisions.get(name)
         if state is None:
             state = self.revisions[name] = RevisionState(name, time.monotonic())
+            state.concurrency = self.route.concurrency.get(name, 0)
         return state
 
     def _drop(self, state: ReplicaState) -> None:
@@ -153,7 +156,7 @@ class Endpoint:
         try:
             chosen = self.revision(self.split.next())
         except LookupError:
-            self.core.fail(request, NotFound("endpoint", self.name))
+            self.core.fail(request, self.no_traffic())
             return
         request.revision.meter.leave(now_s)
         request.revision = chosen
@@ -167,6 +170,11 @@ class Endpoint:
                 self.core.fail(request, NotFound("endpoint", self.name))
         for state in list(self.replicas.values()):
             self._drop(state)
+
+    def no_traffic(self) -> Unavailable:
+        """The error while no revision has traffic: the first one still loads, or none was given any."""
+        mend = f"try again, or see 'mlfuncs status'; 'mlfuncs promote {self.name}' gives it to the latest revision"
+        return Unavailable(f"no revision of endpoint {self.name!r} has traffic yet: {mend}", 2.0)
 
     # --- requests
 
@@ -203,7 +211,7 @@ class Endpoint:
             self.mirror.copy(request)
         replica = None
         if not revision.queue:
-            replica = choose_replica(revision.replicas, self.concurrency, random)
+            replica = choose_replica(revision.replicas, revision.concurrency, random)
         if replica is None:
             self._enqueue(request)
         else:
@@ -243,7 +251,7 @@ class Endpoint:
     def pump(self, revision: RevisionState) -> None:
         """Send what waits as long as a replica has room."""
         while revision.queue:
-            replica = choose_replica(revision.replicas, self.concurrency, random)
+            replica = choose_replica(revision.replicas, revision.concurrency, random)
             if replica is None:
                 return
             request = next(iter(revision.queue))
@@ -295,7 +303,7 @@ class Endpoint:
             self._left(replica)
         self.retried += 1
         others = [other for other in request.revision.replicas if other is not replica]
-        chosen = choose_replica(others, self.concurrency, random)
+        chosen = choose_replica(others, request.revision.concurrency, random)
         if chosen is not None:
             self._assign(request, chosen, time.monotonic())
             return

@@ -42,7 +42,7 @@ class Mirror:
     def _send(self, request: Request, name: str) -> None:
         endpoint = self._endpoint
         revision = endpoint.revision(name)
-        chosen = choose_replica(revision.replicas, endpoint.route.limits.concurrency, endpoint.core.random)
+        chosen = choose_replica(revision.replicas, revision.concurrency, endpoint.core.random)
         fits = request.complete and request.size <= COPY_BYTES and not request.head.websocket
         if chosen is None or revision.queue or not fits or self.under_way >= COPIES:
             self.dropped += 1

@@ -35,6 +35,7 @@ from mlfuncs_runtime.router.spans import open_router_spans
 BACKLOG = 4096
 _GC_ALLOCATIONS = 100_000
 _LOOK_S = 0.5  # how often overdue connections are looked for
+_OWN_FILES = 128  # descriptors that are not for clients and their workers; a guess
 _SWITCH_S = 0.0005  # a request waits no longer than this for the thread that encodes spans; Python's default is 5 ms
 _LAME_DUCK_S = 0.2  # after SIGTERM an idle connection may still bring a request that is on its way; a guess
 log = logging.getLogger("mlfuncs.router")
@@ -152,6 +153,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--state", type=Path, help="file that keeps the table between two routers")
     parser.add_argument("--triggers", type=Path, help="file in which the trigger process says how it goes")
     parser.add_argument("--token-sha256", action="append", default=[], help="digest of a token that callers may send")
+    parser.add_argument("--max-clients", type=int, default=RouterOptions.max_clients, help="connections at once")
     parser.add_argument("--access-log", choices=["", "text", "json"], default="")
     return parser.parse_args(arguments)
 
@@ -168,6 +170,15 @@ async def serve(listener: socket.socket, options: RouterOptions, arguments: argp
     await router.drain()
 
 
+def most_clients(wanted: int) -> int:
+    """How many connections may be held: `wanted`, or what this process's file descriptors allow (two for each)."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return wanted if soft == resource.RLIM_INFINITY else max(1, min(wanted, (soft - _OWN_FILES) // 2))
+
+
 def main(command_line: Sequence[str] | None = None) -> int:
     """Run a router process; the exit status."""
     arguments = parse_arguments(command_line)
@@ -181,14 +192,15 @@ def main(command_line: Sequence[str] | None = None) -> int:
     except MlfuncsError as exc:
         print(f"mlfuncs router: {exc}", file=sys.stderr)
         return 1
-    with contextlib.suppress(ValueError, OSError):
-        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     gc.collect()
     gc.freeze()
     gc.set_threshold(_GC_ALLOCATIONS)  # requests hold no cycles; looking for some took 2 us of each (measured)
     options = RouterOptions(
-        token_sha256=tuple(digests), access_log=arguments.access_log, triggers=arguments.triggers, spans=spans
+        token_sha256=tuple(digests),
+        access_log=arguments.access_log,
+        max_clients=most_clients(arguments.max_clients),
+        triggers=arguments.triggers,
+        spans=spans,
     )
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(serve(listener, options, arguments))

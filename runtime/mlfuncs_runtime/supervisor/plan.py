@@ -179,13 +179,11 @@ def _waits_for(key: Key, ready: int, needed: int, observed: Observed) -> str:
     return f"{key[1]}: {ready} of {needed} workers ready"
 
 
-def route(plan: EndpointPlan, replicas: Iterable[Replica]) -> Route | None:
-    """The router's entry, or None while nothing has traffic; `replicas` are those of this endpoint that are ready."""
-    if not plan.traffic:
-        return None
-    specs = [plan.revisions[revision].spec for revision in plan.traffic]
+def route(plan: EndpointPlan, replicas: Iterable[Replica]) -> Route:
+    """The router's entry; `replicas` are those of this endpoint that are ready."""
+    specs = {revision: plan.revisions[revision].spec for revision in sorted(plan.reachable)}
     options = plan.options
-    limits = {"concurrency": max(s.scale.concurrency for s in specs), "timeout_s": max(s.timeout_s for s in specs)}
+    limits = {"timeout_s": max((specs[revision].timeout_s for revision in plan.traffic), default=Limits.timeout_s)}
     access = dict(options.get("access") or {})
     tokens = tuple(token["sha256"] for token in access.pop("tokens", ()))
     return Route(
@@ -199,4 +197,5 @@ def route(plan: EndpointPlan, replicas: Iterable[Replica]) -> Route | None:
         mirror=dict(plan.mirror),
         sticky_header=options.get("sticky_header", ""),
         sticky_cookie=options.get("sticky_cookie", ""),
+        concurrency={revision: spec.scale.concurrency for revision, spec in specs.items()},
     )

@@ -142,7 +142,7 @@ class Supervisor:
             self.fleet.carry_out(action)
         routes = [route(plan, self.fleet.routable(plan.name)) for plan in plans]
         self.triggers.keep(plans, self.router.url)
-        await self.router.configure(self.triggers.admit([entry for entry in routes if entry is not None]))
+        await self.router.configure(self.triggers.admit(routes))
         self.fleet.release()
         self.books.extra = {**self.books.extra, "scaled": self.scaler.to_dict()}
         self.books.save()
