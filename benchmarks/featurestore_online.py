@@ -1,4 +1,4 @@
-"""Online features against raw Redis and Feast: reads of 1 and 100 entities x 20 floats, newest-wins writes, materialize.
+"""Online features against raw Redis and Feast: reads of 1 and 100 entities x 20 floats, writes, materialize.
 
     python benchmarks/featurestore_online.py [--seconds 1.0] [--rounds 5] [--no-feast] [--plot FILE] [--json FILE]
 
