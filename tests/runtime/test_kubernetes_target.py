@@ -154,6 +154,20 @@ def test_a_quota_and_a_denied_role_are_named(deploy, api):
         deploy()
 
 
+def test_kinds_and_namespaces_that_the_cluster_lacks_are_named(deploy, api, monkeypatch):
+    unknown = "the server could not find the requested resource"
+    api.faults["PATCH", "/serving.knative.dev/"] = (404, unknown)
+    with pytest.raises(SpecError, match=r"does not know Service of serving.knative.dev/v1: install Knative Serving"):
+        deploy("knative", name="other")
+    api.faults["PATCH", "/httproutes/"] = (404, unknown)
+    monkeypatch.setenv("MLFUNCS_KUBERNETES_GATEWAY", "public")
+    with pytest.raises(SpecError, match=r"HTTPRoute .*: install the Gateway API"):
+        deploy()
+    api.faults["PATCH", "/serviceaccounts/"] = (404, 'namespaces "ml" not found')
+    with pytest.raises(SpecError, match="no namespace 'ml': apply 'mlfuncs render platform'"):
+        deploy()
+
+
 def test_a_deployment_that_never_gets_ready_is_given_up(deploy, api):
     api.behaviour = lambda path, manifest: None
     with pytest.raises(DeployFailed, match=r"not ready after 0.2 s \(rev-1: 0 of 1 pods ready\)"):

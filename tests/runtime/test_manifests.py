@@ -128,8 +128,25 @@ def test_knative_says_what_is_for_the_whole_cluster_only():
     assert knative_warnings(WORKLOADS["plain"]) == []
 
 
-def test_knative_gets_a_window_that_it_takes():
+def test_knative_gets_values_that_it_takes():
     assert scale_annotations(Scale(window_s=2))["autoscaling.knative.dev/window"] == "6s"
+    assert scale_annotations(Scale(target=0.001))["autoscaling.knative.dev/target"] == "0.01"
+    spec = FunctionSpec(
+        name="f",
+        env={"PORT": "9", "K_SERVICE": "x", "MINE": "1"},
+        scale=Scale(concurrency=5000, target=0.001),
+        pod=Pod(
+            volumes={"/d": {"nfs": {"server": "s", "path": "/"}}, "/m": {"persistentVolumeClaim": {"claimName": "m"}}}
+        ),
+    )
+    workload = Workload("f", "p", "rev-1", "i", spec)
+    template = render_knative(workload)[0]["spec"]["template"]["spec"]
+    assert template["containerConcurrency"] == 1000
+    names = [item["name"] for item in template["containers"][0]["env"]]
+    assert "MINE" in names and not {"PORT", "K_SERVICE"} & set(names)
+    warnings = "\n".join(knative_warnings(workload))
+    for word in ("concurrency=5000", "target=0.001", "env PORT", "env K_SERVICE", "no nfs", "persistent-volume-write"):
+        assert word in warnings
 
 
 def test_kubernetes_says_that_zero_needs_keda():

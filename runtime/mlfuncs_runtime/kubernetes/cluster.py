@@ -55,7 +55,10 @@ class Cluster:
         """Server-side apply under our field manager: fields of other managers, e.g. `replicas`, stay as they are."""
         query = {"fieldManager": MANAGER, "force": "true", **({"dryRun": "All"} if dry_run else {})}
         kind, name = kind_of(manifest), manifest["metadata"]["name"]
-        return self._call("PATCH", kind, name, query, manifest)
+        try:
+            return self._call("PATCH", kind, name, query, manifest)
+        except NotFound as exc:  # an apply makes what is not there: it is the kind or the namespace that is missing
+            raise SpecError(_missing(str(manifest["apiVersion"]), kind, self.namespace, exc)) from exc
 
     def get(self, kind: str, name: str) -> Manifest | None:
         """The object, or None."""
@@ -112,12 +115,13 @@ class Cluster:
         self, method: str, kind: str, name: str, query: Mapping[str, str] | None = None, body: Any = None
     ) -> Manifest:
         path = PATHS[kind].format(self.namespace) + (f"/{name}" if name else "")
-        with _translated(kind, name):
-            values: Manifest = json.loads(self._raw(method, path, query or {}, body))
+        values: Manifest = json.loads(self._raw(method, path, query or {}, body, (kind, name)))
         return values
 
-    def _raw(self, method: str, path: str, query: Mapping[str, str], body: Any = None) -> str:
-        with _translated(path.rpartition("/")[2], path):
+    def _raw(
+        self, method: str, path: str, query: Mapping[str, str], body: Any = None, what: tuple[str, str] = ("object", "")
+    ) -> str:
+        with _translated(*what):
             return bytes(self._request(method, path, query, body).data).decode("utf-8", "replace")
 
     def _request(self, method: str, path: str, query: Mapping[str, str], body: Any = None, stream: bool = False) -> Any:
@@ -146,6 +150,25 @@ def _connect() -> client.ApiClient:
                 f"no Kubernetes cluster is configured ({exc}): set KUBECONFIG to a file that 'kubectl' works with"
             ) from exc
     return client.ApiClient()
+
+
+_INSTALL = {  # API group -> what brings it
+    "serving.knative.dev": "install Knative Serving, or use the target 'kubernetes'",
+    "http.keda.sh": "install KEDA's HTTP add-on (0.14 or newer), or unset MLFUNCS_KUBERNETES_KEDA",
+    "keda.sh": "install KEDA, or unset MLFUNCS_KUBERNETES_KEDA",
+    "gateway.networking.k8s.io": "install the Gateway API, or unset MLFUNCS_KUBERNETES_GATEWAY",
+}
+
+
+def _missing(api_version: str, kind: str, namespace: str, exc: NotFound) -> str:
+    said = str(getattr(exc.__cause__, "body", ""))
+    if f'namespaces \\"{namespace}\\"' in said:
+        return (
+            f"the cluster has no namespace {namespace!r}: apply 'mlfuncs render platform', or set "
+            "MLFUNCS_KUBERNETES_NAMESPACE to one that it has"
+        )
+    mend = _INSTALL.get(api_version.partition("/")[0], "a newer cluster may")
+    return f"the cluster does not know {kind.removeprefix('Knative')} of {api_version}: {mend}"
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ the same words, so that most fields carry over one to one. `knative_warnings` na
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from mlfuncs.spec import Scale
@@ -17,12 +18,17 @@ _MIN_WINDOW_S, _MAX_WINDOW_S = 6, 3600  # Knative refuses a window outside of th
 _MAX_DELAY_S = 3600  # and a scale-down-delay above this
 _DEFAULT_GRACE_S = 30.0  # scale-to-zero-grace-period in config-autoscaler
 _MAX_TIMEOUT_S = 600  # max-revision-timeout-seconds in config-defaults
+_MAX_CONCURRENCY = 1000  # container-concurrency-max-limit in config-defaults
+_MIN_TARGET = 0.01
+_RESERVED = ("K_CONFIGURATION", "K_REVISION", "K_SERVICE", "PORT")  # variables that Knative sets itself
+_VOLUMES = {"configMap", "csi", "emptyDir", "ephemeral", "hostPath", "persistentVolumeClaim", "projected", "secret"}
 _FEATURES = {  # pod field -> the flag of config-features that must be on
     "nodeSelector": "kubernetes.podspec-nodeselector",
     "tolerations": "kubernetes.podspec-tolerations",
     "priorityClassName": "kubernetes.podspec-priorityclassname",
     "runtimeClassName": "kubernetes.podspec-runtimeclassname",
     "persistentVolumeClaim": "kubernetes.podspec-persistent-volume-claim",
+    "persistentVolumeClaim (writable)": "kubernetes.podspec-persistent-volume-write",
     "hostPath": "kubernetes.podspec-volumes-hostpath",
     "csi": "kubernetes.podspec-volumes-csi",
     "ephemeral": "kubernetes.podspec-volumes-ephemeral",
@@ -35,7 +41,7 @@ def render_knative(workload: Workload) -> list[dict[str, Any]]:
     template = {
         "metadata": {"name": workload.revision_name, "labels": labels(workload), "annotations": annotations},
         "spec": {
-            "containerConcurrency": workload.spec.scale.concurrency,
+            "containerConcurrency": min(workload.spec.scale.concurrency, _MAX_CONCURRENCY),
             "timeoutSeconds": math.ceil(workload.spec.timeout_s),
             "automountServiceAccountToken": False,
             "enableServiceLinks": False,
@@ -64,7 +70,7 @@ def scale_annotations(scale: Scale) -> dict[str, str]:
         "window": f"{_clamped_window(scale)}s",
     }
     if scale.target is not None:
-        wanted["target"] = f"{scale.target:g}"
+        wanted["target"] = f"{max(scale.target, _MIN_TARGET):g}"
     if scale.scale_down_delay_s:
         wanted["scale-down-delay"] = f"{min(math.ceil(scale.scale_down_delay_s), _MAX_DELAY_S)}s"
     return {_PREFIX + key: value for key, value in sorted(wanted.items())}
@@ -123,16 +129,40 @@ def knative_warnings(workload: Workload) -> list[str]:
             f"timeout_s={workload.spec.timeout_s:g} is above {_MAX_TIMEOUT_S} s; raise max-revision-timeout-seconds in "
             "ConfigMap knative-serving/config-defaults"
         )
-    used = {*placement(workload), *(kind for volume in workload.spec.pod.volumes.values() for kind in volume)}
+    if scale.concurrency > _MAX_CONCURRENCY:
+        found.append(
+            f"scale.concurrency={scale.concurrency}: Knative takes {_MAX_CONCURRENCY} at most, which it gets; for "
+            "more, raise container-concurrency-max-limit in ConfigMap knative-serving/config-defaults"
+        )
+    if scale.target is not None and scale.target < _MIN_TARGET:
+        found.append(f"scale.target={scale.target:g}: Knative takes {_MIN_TARGET} and more, which it gets")
+    for name in sorted(set(workload.spec.env) & set(_RESERVED)):
+        found.append(f"env {name} is Knative's own and is left out: give the variable another name")
+    return found + _pod_warnings(workload)
+
+
+def _pod_warnings(workload: Workload) -> list[str]:
+    """What Knative forbids in a pod unless it is told otherwise, or always."""
+    volumes = workload.spec.pod.volumes.values()
+    kinds = {kind for volume in volumes for kind in volume}
+    found = [f"pod.volumes: Knative has no {kind}; use another target" for kind in sorted(kinds - _VOLUMES)]
+    used = {*placement(workload), *kinds}
+    if any("persistentVolumeClaim" in volume and not _is_read_only(volume) for volume in volumes):
+        used.add("persistentVolumeClaim (writable)")
     for field in sorted(used & set(_FEATURES)):
         found.append(f"{field} needs {_FEATURES[field]}: enabled in ConfigMap knative-serving/config-features")
     return found
+
+
+def _is_read_only(volume: Mapping[str, Any]) -> bool:
+    return bool(volume["persistentVolumeClaim"].get("readOnly"))
 
 
 def _container(workload: Workload) -> dict[str, Any]:
     """The container without the port name and liveness port that Knative sets itself."""
     made = container(workload)
     made["ports"] = [{"containerPort": PORT}]
+    made["env"] = [item for item in made["env"] if item["name"] not in _RESERVED]
     made["readinessProbe"]["httpGet"].pop("port")
     made["livenessProbe"]["httpGet"].pop("port")
     return made

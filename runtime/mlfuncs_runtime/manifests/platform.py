@@ -74,8 +74,8 @@ def render_compose(project: str) -> dict[str, Any]:
         "name": project,
         "services": {
             "platform": {
-                "image": "mlfuncs/platform",
-                "build": {"context": ".", "args": {"EXTRAS": "postgres featurestore"}},  # in a checkout of mlfuncs
+                "image": "${PLATFORM_IMAGE:-mlfuncs/platform}",
+                "build": {"context": ".", "args": {"EXTRAS": "platform"}},  # in a checkout of mlfuncs
                 "entrypoint": ["/opt/mlfuncs/bin/python", "-P", "-m", "mlfuncs_runtime.supervisor.process"],
                 "environment": {
                     "MLFUNCS_PROJECT": project,
@@ -97,14 +97,14 @@ def render_compose(project: str) -> dict[str, Any]:
                 **confined,
             },
             "redis": {
-                "image": "redis:7-alpine",
+                "image": "${REDIS_IMAGE:-redis:7-alpine}",
                 "command": ["redis-server", "--appendonly", "yes"],
                 "volumes": ["redis:/data"],
                 "healthcheck": {"test": ["CMD", "redis-cli", "ping"], "interval": "5s"},
                 "restart": "unless-stopped",
             },
             "postgres": {
-                "image": "postgres:16-alpine",
+                "image": "${POSTGRES_IMAGE:-postgres:16-alpine}",
                 "environment": {
                     "POSTGRES_USER": "mlfuncs",
                     "POSTGRES_DB": "mlfuncs",
