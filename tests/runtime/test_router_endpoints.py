@@ -507,8 +507,8 @@ def test_an_endpoint_without_traffic_says_so_and_when_to_come_again() -> None:
         problem = reply.json()
         assert (reply.status, reply.header("content-type")) == (503, "application/problem+json")
         assert (problem["title"], problem["status"], problem["request_id"]) == ("Unavailable", 503, "mine")
-        assert "no revision of endpoint 'predict' has traffic" in problem["detail"]
-        assert "mlfuncs promote predict" in problem["detail"] and int(reply.header("retry-after")) >= 1
+        assert "endpoint 'predict' has no revision that serves" in problem["detail"]
+        assert "mlfuncs logs predict" in problem["detail"] and int(reply.header("retry-after")) >= 1
         assert (await harness.call("POST", "/predict--next", b"{}")).status == 200
         harness.route(worker)
         assert (await harness.call("POST", "/predict", b"{}")).status == 200

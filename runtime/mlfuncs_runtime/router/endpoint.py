@@ -172,9 +172,10 @@ class Endpoint:
             self._drop(state)
 
     def no_traffic(self) -> Unavailable:
-        """The error while no revision has traffic: the first one still loads, or none was given any."""
-        mend = f"try again, or see 'mlfuncs status'; 'mlfuncs promote {self.name}' gives it to the latest revision"
-        return Unavailable(f"no revision of endpoint {self.name!r} has traffic yet: {mend}", 2.0)
+        """The error while no revision has traffic: the first one still loads, or could not."""
+        mend = f"see 'mlfuncs status' and 'mlfuncs logs {self.name}', and deploy again"
+        what = f"endpoint {self.name!r} has no revision that serves: its deploy failed or is under way"
+        return Unavailable(f"{what}; {mend}", 2.0)
 
     # --- requests
 
