@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import textwrap
 import time
@@ -15,7 +16,8 @@ from mlfuncs.loading import load_target
 from mlfuncs.settings import read_settings
 from mlfuncs_runtime.docker.engine import DockerEngine
 from mlfuncs_runtime.docker.launch import home_mark
-from mlfuncs_runtime.docker.replica import HOME_LABEL
+from mlfuncs_runtime.docker.replica import HOME_LABEL, OWNER_LABEL, read_plain_file, show_socket
+from mlfuncs_runtime.supervisor.places import find_places
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
@@ -36,6 +38,28 @@ SOURCE = """
             block = bytearray(600 * 2**20)
             return str(len(block))
         return str(os.getuid())
+
+    @ml.function(requirements=[], scale=ml.Scale(min=1, max=1))
+    def confined() -> dict[str, str]:
+        import ctypes, errno, threading
+        lines = open("/proc/self/status").read().splitlines()
+        found = dict(line.split(":\\t", 1) for line in lines if ":\\t" in line)
+        libc = ctypes.CDLL(None, use_errno=True)
+        found["unshare"] = "done" if libc.unshare(0x10000000) == 0 else errno.errorcode[ctypes.get_errno()]
+        for place in ("/opt/x", "/home/mlfuncs/x", "/run/x", "/x"):
+            try:
+                open(place, "w")
+                found["wrote"] = place
+            except OSError:
+                pass
+        ended, threads = threading.Event(), 0
+        try:
+            for threads in range(2000):
+                threading.Thread(target=ended.wait, daemon=True).start()
+        except RuntimeError as exc:
+            found["threads"] = f"{exc} after {threads > 100 and threads < 512}"
+        ended.set()
+        return found
 
     @ml.function(requirements=[], scale=ml.Scale(max=1))
     def broken(x: int) -> int:
@@ -103,6 +127,45 @@ def test_a_container_serves_confined_with_its_secret_as_a_file(functions, engine
     assert not [tag for tag in images if tag.startswith("mlfuncs/test-about:")]
 
 
+def test_what_a_function_may_do_is_limited_inside_too(functions):
+    found = functions("confined").deploy(target="docker").invoke()
+    assert found["Uid"].split() == ["10001"] * 4 or os.geteuid() != 0
+    assert {int(found[name], 16) for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")} == {0}
+    assert (found["NoNewPrivs"], found["Seccomp"]) == ("1", "2")  # 2: a filter, the engine's default profile
+    assert found["unshare"] == "EPERM"  # no user namespace, with which it would have capabilities again
+    assert found["threads"] == "can't start new thread after True"
+    assert "wrote" not in found
+
+
+def test_containers_and_directories_that_a_crash_left_go_with_the_next_start(functions, engine, base):
+    settings = read_settings()
+    functions("broken").deploy(target="docker").invoke(x=1)
+    labels = {HOME_LABEL: home_mark(settings), OWNER_LABEL: "4194304:1"}  # above the highest process id
+    body = {"Image": base, "Labels": labels, "Entrypoint": ["sleep", "600"]}
+    orphan = engine.call("POST", "/containers/create", body)["Id"]
+    engine.call("POST", f"/containers/{orphan}/start")
+    left = find_places(settings).sockets / "w-0.sock.d"
+    left.mkdir()
+    functions("about").deploy(target="docker")
+    assert orphan not in [found["Id"] for found in own_containers(engine)]
+    assert not left.exists()
+
+
+def test_the_router_is_not_led_elsewhere_by_what_a_container_makes(tmp_path):
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "host.sock"))
+        (tmp_path / "worker.sock").symlink_to(tmp_path / "host.sock")
+        with pytest.raises(Unavailable, match="something else than a socket"):
+            show_socket(tmp_path / "worker.sock", str(tmp_path / "w-1.sock"))
+        assert not (tmp_path / "w-1.sock").exists()
+        assert show_socket(tmp_path / "host.sock", str(tmp_path / "w-1.sock"))
+    assert not show_socket(tmp_path / "none.sock", str(tmp_path / "w-2.sock"))
+    (tmp_path / "secret").write_text("key")
+    (tmp_path / "worker.sock.error").symlink_to(tmp_path / "secret")
+    assert read_plain_file(tmp_path / "worker.sock.error") == b""
+    assert read_plain_file(tmp_path / "secret") == b"key"
+
+
 def test_it_goes_to_zero_and_comes_back_with_a_request(functions, engine):
     endpoint = functions("about").deploy(target="docker")
     assert until(lambda: not own_containers(engine) and endpoint.status().state == "idle"), endpoint.status()
@@ -160,10 +223,15 @@ def test_a_run_in_a_container_is_a_run_like_any_other(home, monkeypatch, engine,
             raise ValueError("x is negative")
         if x == 99:
             time.sleep(60)
-        return {"inside": int(os.path.exists("/opt/function")), "x": x}
+        ml.log_artifact("kept", {"x": x})
+        return {"inside": int(os.path.exists("/opt/function")), "x": x, "root": int(os.getuid() == 0)}
 
     run = ml.run(measure, {"x": 3}, target="docker")
-    assert (run.status, run.outputs["output"], run.metrics["twice"]) == ("succeeded", {"inside": 1, "x": 3}, 6.0)
+    assert (run.status, run.outputs["output"], run.metrics["twice"]) == (
+        "succeeded",
+        {"inside": 1, "x": 3, "root": 0},
+        6.0,
+    )
     assert "measuring 3" in str(run.logs)
     monkeypatch.setenv("PASSPHRASE", "open-sesame")
 

@@ -136,8 +136,8 @@ def put(folder: Path, kind: str, n: int, **options: Any) -> Endpoint:
 
     path = folder / f"served_{n}.py"
     path.write_text(SERVED.format(n=n))
-    options.setdefault("scale", Scale(min=2, max=4))
-    return deploy(getattr(load_file(path), kind), name=kind, **options)
+    options = {"scale": Scale(min=2, max=4), "name": kind, **options}
+    return deploy(getattr(load_file(path), kind), **options)
 
 
 def overview() -> dict[str, Any]:
@@ -225,6 +225,32 @@ def test_a_killed_worker_costs_at_most_the_posts_it_was_answering(shared: Path):
         load.wait_for(300)
     assert set(load.failed) <= {"502"}
     assert sum(load.failed.values()) <= CONNECTIONS
+
+
+@pytest.mark.slow
+def test_containers_are_deployed_rolled_back_and_killed(shared: Path, docker_base: str, monkeypatch):
+    from mlfuncs_runtime.docker.engine import DockerEngine
+    from mlfuncs_runtime.docker.launch import home_mark
+    from mlfuncs_runtime.docker.replica import HOME_LABEL
+
+    monkeypatch.setenv("MLFUNCS_BASE_IMAGE", docker_base)
+    engine, options = DockerEngine(), {"target": "docker", "name": "contained", "scale": Scale(min=2, max=2)}
+    served = put(shared, "handler", 1, **options)
+    with Load(served.url, "GET") as load:
+        assert put(shared, "handler", 2, **options).revision == "rev-2"
+        put(shared, "handler", 3, traffic=50, **options)
+        load.wait_for(200)
+        served.promote("rev-3")
+        served.rollback()
+        load.wait_for(100)
+        for _ in range(2):
+            wait_until(lambda: len(pids("contained")) == 2, "two containers")
+            victim = engine.containers({HOME_LABEL: home_mark(read_settings())})[0]["Id"]
+            engine.call("POST", f"/containers/{victim}/kill?signal=KILL")
+            load.wait_for(200)
+    served.delete()
+    assert load.failed == {}
+    assert set(load.bodies) == {b"1", b"2", b"3"}
 
 
 def test_from_zero_and_back(shared: Path):

@@ -20,6 +20,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from mlfuncs.errors import MlfuncsError
@@ -31,6 +32,7 @@ from mlfuncs_runtime.docker.engine import DockerEngine, read_answer
 from mlfuncs_runtime.docker.entry import FORWARDED
 
 _UNSHARED = ("MLFUNCS_TRUSTED_KEYS", "MLFUNCS_SECRETS_DIR")
+_OWN_PLACES = frozenset({"environments", "images", "logs", "redis", "run", "warehouse"})
 _ANSWER_STREAM = 2  # a job's standard error carries its answers: see container.py
 
 
@@ -67,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(engine: DockerEngine, wanted: Mapping[str, Any], answer_to: int, signals: int) -> int:
     """Start the container, pass tasks, output, answers and signals on, and return its status."""
     from mlfuncs_runtime.docker.launch import home_mark
-    from mlfuncs_runtime.docker.replica import own_mark, remove_orphans
+    from mlfuncs_runtime.docker.replica import container_user, own_mark, remove_orphans
 
     settings = read_settings()
     remove_orphans(engine, home_mark(settings))
@@ -75,7 +77,7 @@ def run(engine: DockerEngine, wanted: Mapping[str, Any], answer_to: int, signals
         image=wanted["image"],
         replica=f"run-{os.getpid()}",
         folder=str(settings.home),
-        user=f"{os.getuid()}:{os.getgid()}",
+        user="{}:{}".format(*container_user()),
         resources=Resources(**wanted["resources"]),
         environ=_environ(settings),
         labels={HOME_LABEL: home_mark(settings), OWNER_LABEL: own_mark()},
@@ -90,7 +92,7 @@ def run(engine: DockerEngine, wanted: Mapping[str, Any], answer_to: int, signals
             engine.call("POST", f"/containers/{name}/start")
             secrets = available_secrets(wanted["secrets"], settings)
             streams.sendall(json.dumps({"secrets": secrets}).encode() + b"\n")
-            _pass_on(engine, name, streams, answer_to, signals)
+            _pass_on(engine, name, settings.home, streams, answer_to, signals)
             return int(read_answer(ended, "wait")["StatusCode"])
     except BaseException:
         engine.remove(name)
@@ -111,13 +113,32 @@ def _environ(settings: Settings) -> dict[str, str]:
     return {name: value for name, value in own.items() if name not in _UNSHARED}
 
 
-def _pass_on(engine: DockerEngine, name: str, streams: socket.socket, answer_to: int, signals: int) -> None:
+def give_home(home: Path, uid: int, gid: int) -> None:
+    """Let a user who is not this process's read and write what a run shares: as root only, and it keeps its access.
+
+    What a run has no business with, the other processes' sockets and logs above all, stays as it is.
+    """
+    if os.getuid() == uid:
+        return
+    os.chown(home, uid, gid)
+    for place in sorted(os.listdir(home)):
+        if place not in _OWN_PLACES:
+            os.chown(home / place, uid, gid, follow_symlinks=False)
+            for folder, folders, files in os.walk(home / place):
+                for name in (*folders, *files):
+                    os.chown(os.path.join(folder, name), uid, gid, follow_symlinks=False)
+
+
+def _pass_on(engine: DockerEngine, name: str, home: Path, streams: socket.socket, answer_to: int, signals: int) -> None:
+    from mlfuncs_runtime.docker.replica import container_user
+
     buffer, sources = b"", [streams.fileno(), signals, 0]
     while True:
         ready, _, _ = select.select(sources, [], [])
         if 0 in ready:
             task = os.read(0, 65536)
             if task:
+                give_home(home, *container_user())  # what came since the last task, its journal among it
                 streams.sendall(task)
             else:
                 sources.remove(0)

@@ -7,17 +7,18 @@ connection leads is decided here, so that a container reaches these servers and 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import threading
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 
 from mlfuncs.errors import MlfuncsError
 
 _CHUNK = 65536
 _BACKLOG = 128
+_MOST = 256  # connections of one container at once; a guess, far above what a worker's pools keep
 
 Door = Callable[[], socket.socket]  # opens a connection to the server; raises OSError or MlfuncsError
 
@@ -28,7 +29,7 @@ def open_doors(folder: Path, doors: Mapping[str, Door], user: str) -> None:
     for name, door in doors.items():
         listener = socket.socket(socket.AF_UNIX)
         path = folder / name
-        with suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError):
             path.unlink()
         listener.bind(str(path))
         path.chmod(0o600)
@@ -39,14 +40,16 @@ def open_doors(folder: Path, doors: Mapping[str, Door], user: str) -> None:
 
 
 def _serve(listener: socket.socket, door: Door) -> None:
-    while True:
+    free = threading.Semaphore(_MOST)  # further ones wait in the backlog
+    while free.acquire():
         near, _ = listener.accept()
-        threading.Thread(target=_connect, args=(near, door), daemon=True).start()
+        threading.Thread(target=_connect, args=(near, door, free), daemon=True).start()
 
 
-def _connect(near: socket.socket, door: Door) -> None:
+def _connect(near: socket.socket, door: Door, free: threading.Semaphore) -> None:
     """Pass on in both directions until both have ended; a server that cannot be reached is a closed connection."""
-    with near:
+    with contextlib.ExitStack() as stack, near:
+        stack.callback(free.release)
         try:
             far = door()
         except (OSError, MlfuncsError) as exc:
@@ -64,7 +67,7 @@ def _pass_on(source: socket.socket, target: socket.socket) -> None:
         while part := source.recv(_CHUNK):
             target.sendall(part)
     except OSError:
-        with suppress(OSError):
+        with contextlib.suppress(OSError):
             source.shutdown(socket.SHUT_RDWR)
-    with suppress(OSError):
+    with contextlib.suppress(OSError):
         target.shutdown(socket.SHUT_WR)

@@ -17,6 +17,7 @@ import select
 import shutil
 import signal
 import socket
+import stat
 import struct
 import sys
 import urllib.parse
@@ -25,7 +26,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mlfuncs.errors import MlfuncsError, NotFound
+from mlfuncs.errors import MlfuncsError, NotFound, Unavailable
 from mlfuncs.secrets import resolve_secrets
 from mlfuncs.settings import read_settings
 from mlfuncs.spec import Resources
@@ -36,6 +37,7 @@ from mlfuncs_runtime.docker.lending import lend
 from mlfuncs_runtime.docker.relay import open_doors
 
 USER = 10001  # the image's; a supervisor of another user has its containers run as that user
+_LOOK_S = 0.01  # how often a starting container's socket is looked for
 EXIT_CANNOT_START = 78  # EX_CONFIG of sysexits.h: trying again would not help
 
 
@@ -58,10 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{values.get('replica')}: {exc}", flush=True)
         return EXIT_CANNOT_START
     finally:
-        error = folder / f"{Path(SOCKET).name}.error"
-        if error.exists():
-            shutil.copyfile(error, f"{path}.error")
+        if problem := read_plain_file(folder / f"{Path(SOCKET).name}.error"):
+            Path(f"{path}.error").write_bytes(problem)
         shutil.rmtree(folder, ignore_errors=True)
+        owner_file(folder).unlink(missing_ok=True)
 
 
 class Replica:
@@ -87,22 +89,23 @@ class Replica:
                 ended.settimeout(None)
                 self._engine.call("POST", f"/containers/{name}/start")
                 streams.sendall(json.dumps(order).encode() + b"\n")
-                self._copy(name, streams, signals)
+                self._copy(name, streams, signals, path)
                 return int(read_answer(ended, "wait")["StatusCode"])
         except BaseException:
             self._engine.remove(name)
             raise
 
     def _prepare(self, path: str) -> str:
-        """The shared directory, its socket's link under the name the router knows, and the user to run as."""
+        """The directory that is shared with the container; the user to run as."""
         remove_stale_folders(self._folder.parent)
         with suppress(FileNotFoundError):
             os.unlink(path)
-        os.symlink(self._folder / Path(SOCKET).name, path)  # before the folder, which is stale without it
+        owner_file(self._folder).write_text(
+            own_mark(), encoding="ascii"
+        )  # before the folder, which is stale without it
         self._folder.mkdir(mode=0o700, exist_ok=True)
-        uid, gid = os.getuid(), os.getgid()
-        if uid == 0:
-            uid = gid = USER
+        uid, gid = container_user()
+        if os.getuid() != uid:
             os.chown(self._folder, uid, gid)
         return f"{uid}:{gid}"
 
@@ -124,11 +127,12 @@ class Replica:
             raise NotFound("image", plan.image, hint="in the Docker Engine; deploy again to build it") from exc
         return str(made["Id"])
 
-    def _copy(self, name: str, streams: socket.socket, signals: int) -> None:
-        """Copy output until it ends; a signal that comes is passed on."""
-        buffer = b""
+    def _copy(self, name: str, streams: socket.socket, signals: int, path: str) -> None:
+        """Copy output until it ends, pass signals on, and show the worker's socket at `path` once it is there."""
+        buffer, shown = b"", False
         while True:
-            ready, _, _ = select.select([streams.fileno(), signals], [], [])
+            ready, _, _ = select.select([streams.fileno(), signals], [], [], None if shown else _LOOK_S)
+            shown = shown or show_socket(self._folder / Path(SOCKET).name, path)
             if signals in ready:
                 for number in os.read(signals, 256):
                     if number in FORWARDED:
@@ -140,6 +144,11 @@ class Replica:
                     return
                 text, buffer = frames(buffer + part)
                 os.write(1, text)
+
+
+def container_user() -> tuple[int, int]:
+    """The user and group that containers of this process run as: its own, but never root."""
+    return (USER, USER) if os.getuid() == 0 else (os.getuid(), os.getgid())
 
 
 def frames(data: bytes) -> tuple[bytes, bytes]:
@@ -168,10 +177,42 @@ def remove_orphans(engine: DockerEngine, home: str) -> int:
 
 
 def remove_stale_folders(sockets: Path) -> None:
-    """Remove the directories of replicas whose process was killed: their links are gone, by the supervisor."""
+    """Remove the directories of replicas whose process was killed."""
     for folder in sockets.glob("*.sock.d"):
-        if not folder.with_suffix("").is_symlink():
+        owner = owner_file(folder)
+        if not _lives(owner.read_text(encoding="ascii") if owner.exists() else ""):
             shutil.rmtree(folder, ignore_errors=True)
+            owner.unlink(missing_ok=True)
+
+
+def owner_file(folder: Path) -> Path:
+    """Where the process that a replica's directory belongs to is noted: beside it, out of the container's reach."""
+    return folder.with_suffix(".owner")
+
+
+def show_socket(made: Path, path: str) -> bool:
+    """Give the socket that the container made the name the router knows; whether it is there already.
+
+    By a hard link, and only of a socket: a symbolic link could lead the router to any socket of this machine.
+    """
+    try:
+        os.link(made, path, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    if not stat.S_ISSOCK(os.lstat(path).st_mode):
+        os.unlink(path)
+        raise Unavailable(f"the container put something else than a socket at {SOCKET}")
+    return True
+
+
+def read_plain_file(path: Path, most: int = 65536) -> bytes:
+    """What a container wrote there; nothing when it is a link, a pipe or not there."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return b""
+    with os.fdopen(handle, "rb") as file:
+        return file.read(most) if stat.S_ISREG(os.fstat(handle).st_mode) else b""
 
 
 def own_mark() -> str:
