@@ -10,7 +10,7 @@ LABEL dev.mlfuncs.stage=build
 ARG PIP_INDEX_URL
 ARG PIP_TRUSTED_HOST
 ARG PIP_CERT
-# Extras whose dependencies are put in as well, e.g. "postgres featurestore" for the platform's own image.
+# Extras whose dependencies are put in as well, e.g. "platform" for the image of the platform itself.
 ARG EXTRAS=
 RUN ["python", "-m", "venv", "/opt/mlfuncs"]
 WORKDIR /src

@@ -225,8 +225,8 @@ def test_the_base_has_what_serving_needs_and_the_extras_asked_for():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     core = requirements(project, [])
     assert any(line.startswith("uvicorn") for line in core) and not any(line.startswith("uv>") for line in core)
-    more = requirements(project, ["featurestore", "postgres"])
-    assert {"psycopg", "deltalake", "pyarrow"} <= {line.partition(">")[0].partition("[")[0] for line in more}
+    more = requirements(project, ["platform"])
+    assert {"psycopg", "deltalake", "pyarrow", "uv"} <= {line.partition(">")[0].partition("[")[0] for line in more}
 
 
 def test_the_first_process_reaps_passes_signals_on_and_ends_with_the_workers_status(tmp_path):

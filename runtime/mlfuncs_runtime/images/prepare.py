@@ -13,11 +13,14 @@ HOME = pathlib.Path("/home-of-mlfuncs")  # becomes an empty directory that the i
 COMMAND = f"#!{ROOT}/bin/python\nfrom mlfuncs.cli import main\n\nmain()\n"
 
 
+PLATFORM = ("featurestore", "postgres", "triggers")  # what the extra "platform" stands for here
+
+
 def requirements(project: dict, extras: list[str]) -> list[str]:
-    """The PEP 508 lines of the core and of `extras`, those of ours that they name resolved. uv stays out: containers
-    build no environments."""
-    optional = project["optional-dependencies"]
-    lines = [line for line in project["dependencies"] if not line.startswith("uv>")]
+    """The PEP 508 lines of the core and of `extras`, those of ours that they name resolved. uv, which is large, is for
+    the platform alone: functions' containers build no environments."""
+    optional = {**project["optional-dependencies"], "platform": [f"mlfuncs[{','.join(PLATFORM)}]"]}
+    lines = [line for line in project["dependencies"] if "platform" in extras or not line.startswith("uv>")]
     waiting = list(extras)
     while waiting:
         for line in optional[waiting.pop()]:
