@@ -168,6 +168,13 @@ def test_kinds_and_namespaces_that_the_cluster_lacks_are_named(deploy, api, monk
         deploy()
 
 
+def test_a_field_that_the_clusters_version_of_a_kind_lacks_is_the_specs_fault(deploy, api):
+    said = "failed to create typed patch object (ml/churn; apps/v1): .spec.x: field not declared in schema"
+    api.faults["PATCH", "/deployments/"] = (500, said)
+    with pytest.raises(SpecError, match=r"\.spec\.x: field not declared in schema"):
+        deploy()
+
+
 def test_a_deployment_that_never_gets_ready_is_given_up(deploy, api):
     api.behaviour = lambda path, manifest: None
     with pytest.raises(DeployFailed, match=r"not ready after 0.2 s \(rev-1: 0 of 1 pods ready\)"):

@@ -161,8 +161,8 @@ _INSTALL = {  # API group -> what brings it
 
 
 def _missing(api_version: str, kind: str, namespace: str, exc: NotFound) -> str:
-    said = str(getattr(exc.__cause__, "body", ""))
-    if f'namespaces \\"{namespace}\\"' in said:
+    said = _message(exc.__cause__) if isinstance(exc.__cause__, ApiException) else ""
+    if f'namespaces "{namespace}"' in said:
         return (
             f"the cluster has no namespace {namespace!r}: apply 'mlfuncs render platform', or set "
             "MLFUNCS_KUBERNETES_NAMESPACE to one that it has"
@@ -181,11 +181,15 @@ def _translated(kind: str, name: str) -> Iterator[None]:
         raise Unavailable(f"the Kubernetes API does not answer ({exc}): check KUBECONFIG and the network") from exc
 
 
-def _error(exc: ApiException, kind: str, name: str) -> MlfuncsError:
+def _message(exc: ApiException) -> str:
     try:
-        message = json.loads(exc.body)["message"]
+        return str(json.loads(exc.body)["message"])
     except (TypeError, ValueError, KeyError):
-        message = str(exc.reason or exc.body)
+        return str(exc.reason or exc.body)
+
+
+def _error(exc: ApiException, kind: str, name: str) -> MlfuncsError:
+    message = _message(exc)
     if exc.status == 401:
         return Forbidden(f"the cluster does not accept the credentials of KUBECONFIG: {message}")
     if exc.status == 403 and "exceeded quota" in message:
@@ -196,6 +200,6 @@ def _error(exc: ApiException, kind: str, name: str) -> MlfuncsError:
         return NotFound(kind, name)
     if exc.status == 409:
         return Conflict(f"{kind} {name!r}: {message}")
-    if exc.status in (400, 422):
+    if exc.status in (400, 422) or "failed to create typed patch object" in message:  # that one comes as a 500
         return SpecError(f"the cluster refuses {kind} {name!r}: {message}")
     return Unavailable(f"the Kubernetes API failed on {kind} {name!r} (status {exc.status}): {message}")
