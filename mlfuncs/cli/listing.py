@@ -88,6 +88,7 @@ def _runs(limit: int, pipeline: str | None = None) -> Rows:
         {
             "id": run.id,
             "function": run.function,
+            "step": run.row.step,
             "status": run.status,
             "started": format_time(run.row.started_at),
             "duration_s": run.duration_s,
@@ -96,7 +97,8 @@ def _runs(limit: int, pipeline: str | None = None) -> Rows:
         }
         for run in list_runs(pipeline=pipeline, limit=limit)
     ]
-    return rows, ("id", "function", "status", "started", "duration_s", "params", "metrics")
+    steps = ("step",) if any(row["step"] for row in rows) else ()
+    return rows, ("id", "function", *steps, "status", "started", "took", "params", "metrics")
 
 
 def _functions(limit: int) -> Rows:
@@ -129,13 +131,17 @@ _READERS = {"endpoints": _endpoints, "runs": _runs, "functions": _functions, "ar
 
 
 def _shown(row: dict[str, Any]) -> dict[str, Any]:
-    """A row for people: digests cut, mappings and lists as short text."""
+    """A row for people: digests cut, durations in words, mappings and lists as short text."""
+    from mlfuncs.display import format_duration
+
     shown = dict(row)
     for key, value in row.items():
         if key in ("digest", "latest"):
             shown[key] = str(value)[:12]
         elif key == "url":
             shown[key] = value or "none until 'mlfuncs up'"
+        elif key == "duration_s":
+            shown["took"] = format_duration(value)
         elif key == "replicas":
             shown[key] = f"{sum(r['state'] == 'ready' for r in value)}/{len(value)}"
         elif isinstance(value, dict):

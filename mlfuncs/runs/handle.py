@@ -14,7 +14,7 @@ from mlfuncs.registry.runs import ACTIVE
 from mlfuncs.runs.outputs import Outputs
 from mlfuncs.runs.reconciling import reconcile
 from mlfuncs.runs.recorder import recorder
-from mlfuncs.runs.values import Artifact, as_handle, open_store
+from mlfuncs.runs.values import Artifact, StepArtifact, as_handle, open_store
 from mlfuncs.settings import Settings
 
 if TYPE_CHECKING:
@@ -263,7 +263,8 @@ class Run:
 
 def _picture(name: str, value: Any) -> str:
     """A figure or a classifier's metrics as a titled block; nothing for other values, or when it cannot be read."""
-    if not isinstance(value, Artifact) or value.kind not in ("figure", "classification_metrics"):
+    is_artifact = isinstance(value, Artifact | StepArtifact)
+    if not is_artifact or value.kind not in ("figure", "classification_metrics"):
         return ""
     with contextlib.suppress(MlfuncsError):
         return f'<div style="margin:6px 0">{html.escape(name)}<br>{value._repr_html_()}</div>'

@@ -16,7 +16,7 @@ from mlfuncs.runs.journal import Journal
 from mlfuncs.runs.liveness import this_process
 from mlfuncs.runs.records import Record, journal_path, log_path
 from mlfuncs.runs.tracking import ActiveRun, enclosing_run
-from mlfuncs.runs.values import Artifact, as_handle, describe, open_store
+from mlfuncs.runs.values import Artifact, StepArtifact, as_handle, describe, open_store
 from mlfuncs.secrets import available_secrets
 from mlfuncs.settings import Settings
 
@@ -96,6 +96,8 @@ def check_arguments(
     for name, value in given.items():
         if isinstance(value, ArtifactRef):
             given[name] = as_handle({"artifact": value.to_dict()}, settings)
+        elif isinstance(value, StepArtifact):
+            given[name] = value.stored()
     loaded = {} if loaded is None else loaded
     actual = dict(given)
     for name, value in given.items():

@@ -27,7 +27,7 @@ from mlfuncs.runs.journal import Journal, failed
 from mlfuncs.runs.liveness import machine
 from mlfuncs.runs.outcome import outcome_of
 from mlfuncs.runs.starting import Started
-from mlfuncs.runs.sweep_plan import Sweep
+from mlfuncs.runs.sweep_plan import Sweep, unbroken
 from mlfuncs.runs.worker_process import Child
 from mlfuncs.settings import Settings, read_settings
 
@@ -61,10 +61,11 @@ class _Tasks:
             first = itertools.islice(self._waiting, self._sweep.plan.parallel)
             done = distributed.as_completed([self._submit(number) for number in first], loop=self._client.loop)
             for future in done:
-                enough = self._take(future) or enough
-                number = None if enough else next(self._waiting, None)
-                if number is not None:
-                    done.add(self._submit(number))
+                with unbroken():
+                    enough = self._take(future) or enough
+                    number = None if enough else next(self._waiting, None)
+                    if number is not None:
+                        done.add(self._submit(number))
         except BaseException:
             self._cancel()
             raise

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 PLAIN_CHARACTERS = 16_384  # guess: longer JSON is stored as an artifact instead of a registry row
 _LEAVES = (type(None), bool, int, float, str)
+_PICTURES = ("html", "markdown", "figure", "metrics", "classification_metrics")
 
 
 class Artifact:
@@ -56,12 +57,65 @@ class Artifact:
 
     def _repr_html_(self) -> str:
         facts = {"type": self.ref.type_name, "size": format_bytes(self.ref.size_bytes), "digest": self.digest[:12]}
-        if self.kind in ("html", "markdown", "figure", "metrics", "classification_metrics"):
+        if self.kind in _PICTURES:
             shown = self.load()
             for form in ("_repr_html_", "_repr_svg_"):
                 if hasattr(shown, form):
                     return str(getattr(shown, form)())
         return card_html(f"{self.kind} artifact", "", facts)
+
+
+class StepArtifact:
+    """An artifact of a pipeline step, which lies where the pipeline put it: loaded when asked, like an `Artifact`."""
+
+    def __init__(self, document: Mapping[str, Any] | list[Mapping[str, Any]], settings: Settings, hint: Any) -> None:
+        self._documents = document if isinstance(document, list) else [document]
+        self._is_list = isinstance(document, list)
+        self._settings, self._hint = settings, hint
+
+    @property
+    def uri(self) -> str:
+        """Where it lies; of several, where the first does."""
+        return str(self._documents[0]["uri"]) if self._documents else ""
+
+    @property
+    def kind(self) -> str:
+        """How it is stored ("parquet", "model", ...); for one that another component wrote, its system.* type."""
+        if self._is_list or not self._documents:
+            return "list"
+        ours = self._documents[0].get("metadata", {}).get("mlfuncs", {})
+        return str(ours.get("kind") or self._documents[0]["type"]["schemaTitle"])
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What the step said of it."""
+        return {} if self._is_list else dict(self._documents[0].get("metadata", {}))
+
+    def load(self) -> Any:
+        """The value; the path for a file that another component wrote. Raises ArtifactError or UntrustedError."""
+        return self._value
+
+    def stored(self) -> Artifact:
+        """The value in the artifact store, so that it outlives the pipeline's folder and is an argument of runs."""
+        return Artifact(open_store(self._settings).put(self.load()), self._settings, self._hint)
+
+    @functools.cached_property
+    def _value(self) -> Any:
+        from mlfuncs import adapters
+
+        read = adapters.load("pipelines:artifact")
+        values = [read(document, self._hint, self._settings) for document in self._documents]
+        return values if self._is_list else values[0]
+
+    def __repr__(self) -> str:
+        return f"<artifact {self.kind} {self.uri}>"
+
+    def _repr_html_(self) -> str:
+        if self.kind in _PICTURES:
+            for form in ("_repr_html_", "_repr_svg_"):
+                if hasattr(self.load(), form):
+                    return str(getattr(self.load(), form)())
+        return card_html(f"{self.kind} artifact", "", {"uri": self.uri})
 
 
 def open_store(settings: Settings) -> ArtifactStore:
@@ -78,6 +132,8 @@ def _open_store(settings: Settings) -> ArtifactStore:
 
 def encode(value: Any, hint: Any, settings: Settings) -> dict[str, Any]:
     """`value` as a JSON-ready document: {"value": ...} for a small plain one, else {"artifact": ref}."""
+    if isinstance(value, StepArtifact):
+        value = value.stored()
     if isinstance(value, Artifact):
         return {"artifact": value.ref.to_dict()}
     if is_plain(value):
@@ -103,11 +159,13 @@ def encode_for_child(value: Any, hint: Any, settings: Settings) -> dict[str, Any
 def decode(document: Mapping[str, Any], hint: Any, settings: Settings) -> Any:
     """The value that `encode` wrote."""
     handle = as_handle(document, settings, hint)
-    return handle.load() if isinstance(handle, Artifact) else handle
+    return handle.load() if isinstance(handle, Artifact | StepArtifact) else handle
 
 
 def as_handle(document: Mapping[str, Any], settings: Settings, hint: Any = None) -> Any:
-    """The plain value in the document, or an Artifact that loads it later."""
+    """The plain value in the document, or an Artifact (of a pipeline's step, a StepArtifact) that loads it later."""
+    if "step" in document:
+        return StepArtifact(document["step"], settings, hint)
     if "artifact" not in document:
         return document.get("value")
     from mlfuncs.artifacts import ArtifactRef

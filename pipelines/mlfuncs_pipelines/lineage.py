@@ -8,15 +8,20 @@ from __future__ import annotations
 import json
 import uuid
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, TextIO
 
 from mlfuncs import __version__
+from mlfuncs.runs.journal import read_entries
+from mlfuncs.runs.records import Batch
 from mlfuncs_pipelines.engine import Observer
 from mlfuncs_pipelines.inputs import Values
+from mlfuncs_pipelines.registry_record import feature_versions
 from mlfuncs_pipelines.run_log import PipelineRun, StepRecord
 
 _PRODUCER = f"urn:mlfuncs:{__version__}"
 _SCHEMA = "https://openlineage.io/spec/2-0-2/OpenLineage.json#/$defs/RunEvent"
+_FACETS = "https://openlineage.io/spec/facets"
 _EVENTS = {"running": "START", "succeeded": "COMPLETE", "failed": "FAIL", "cancelled": "ABORT"}
 
 
@@ -32,7 +37,7 @@ class LineageObserver(Observer):
         self._file = (run.folder / "openlineage.jsonl").open("a", encoding="utf-8", buffering=1)
         self._parent = {
             "_producer": _PRODUCER,
-            "_schemaURL": "https://openlineage.io/spec/facets/1-0-1/ParentRunFacet.json",
+            "_schemaURL": f"{_FACETS}/1-0-1/ParentRunFacet.json",
             "run": {"runId": _uuid(run.id)},
             "job": {"namespace": self._namespace, "name": run.pipeline},
         }
@@ -44,7 +49,8 @@ class LineageObserver(Observer):
         name = f"{run.pipeline}.{record.id}"
         event = self._event(_EVENTS[record.status], name, _uuid(f"{run.id}/{record.id}/{record.attempt}"))
         event["run"]["facets"] = {"parent": self._parent}
-        event["inputs"], event["outputs"] = _datasets(record.inputs), _datasets(record.outputs)
+        event["inputs"] = [*_datasets(record.inputs), *self._tables(record)]
+        event["outputs"] = _datasets(record.outputs)
         self._write(event)
 
     def run_ended(self, run: PipelineRun) -> None:
@@ -63,6 +69,21 @@ class LineageObserver(Observer):
             "producer": _PRODUCER,
             "schemaURL": _SCHEMA,
         }
+
+    def _tables(self, record: StepRecord) -> list[dict[str, Any]]:
+        """The feature tables that the step read, with their versions."""
+        batch = Batch()
+        for entries, _ in read_entries(Path(record.log).parent / "journal.jsonl"):
+            batch.add(entries)
+        facet = {"_producer": _PRODUCER, "_schemaURL": f"{_FACETS}/1-0-1/DatasetVersionDatasetFacet.json"}
+        return [
+            {
+                "namespace": self._namespace,
+                "name": f"features/{view}",
+                "facets": {"version": {**facet, "datasetVersion": str(version)}},
+            }
+            for view, version in feature_versions(batch.params).items()
+        ]
 
     def _write(self, event: dict[str, Any]) -> None:
         if self._file is not None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from mlfuncs.runs.journal import read_entries
 from mlfuncs.runs.liveness import this_process
 from mlfuncs.runs.records import Batch
 from mlfuncs.settings import Settings
+from mlfuncs_pipelines.cache import artifact_digest, digest_of
 from mlfuncs_pipelines.engine import Observer
 from mlfuncs_pipelines.run_log import PipelineRun, StepRecord, step_run_id
 
 _FLUSH_S = 30.0  # how long the end of a run waits for its rows
 _PAUSE_S = 0.25  # between two writes
 _STATES = {"upstream_failed": "cancelled", "skipped": "cancelled"}  # what did not run has no status of its own there
+_FEATURES = "features."  # a parameter that a step logs: the version of the feature table of that name which it read
 log = logging.getLogger(__name__)
 
 
@@ -62,7 +65,7 @@ class RegistryObserver(Observer):
             versions={"pipeline": run.digest},
             details={"folder": str(run.folder)},
         )
-        self._put(_Item(row, dict(run.params)))
+        self._put(_Item(row, dict(run.inputs)))
         self._thread = threading.Thread(target=self._write, name="mlfuncs-pipeline-rows", daemon=True)
         self._thread.start()
 
@@ -90,8 +93,8 @@ class RegistryObserver(Observer):
             versions={"pipeline": run.digest},
             details={"folder": str(run.folder)},
         )
-        outputs = tuple(RunArtifact("output", name, {"value": value}) for name, value in run.outputs.items())
-        self._put(_Item(row, dict(run.params), outputs))
+        outputs = tuple(RunArtifact("output", name, _document(value)) for name, value in run.outputs.items())
+        self._put(_Item(row, dict(run.inputs), outputs))
         with self._changed:
             self._over = True
             self._changed.notify()
@@ -125,7 +128,7 @@ class RegistryObserver(Observer):
             error={"type": kind, "message": message or record.reason, "traceback": record.traceback}
             if failed
             else None,
-            versions={key: part for key, part in record.cache_parts.items() if key in ("code", "environment")},
+            versions=dict(record.versions),
             details={"log": record.log, "cached": record.cached, "state": record.status, "note": record.cache_note},
             cpu_s=record.cpu_s or None,
             peak_memory_mib=record.max_rss_mib or None,
@@ -154,15 +157,43 @@ def _state(item: _Item) -> RunState:
         for entries, _ in read_entries(item.journal):
             batch.add(entries)
     artifacts = [*item.artifacts, *batch.artifacts.values()]
-    return RunState(item.row, {**item.params, **batch.params}, batch.metrics, artifacts)
+    features = feature_versions(batch.params)
+    versions = {**item.row.versions, **_data(item), **({"features": features} if features else {})}
+    return RunState(replace(item.row, versions=versions), {**item.params, **batch.params}, batch.metrics, artifacts)
+
+
+def feature_versions(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The feature tables that a run says it read, by view, each with its version."""
+    return {name.removeprefix(_FEATURES): version for name, version in params.items() if name.startswith(_FEATURES)}
+
+
+def _data(item: _Item) -> dict[str, Any]:
+    """The digests of the artifacts that a step read, once it is over."""
+    if item.row.kind != "step" or item.row.status == "running":
+        return {}
+    given = {one.name: one.ref["step"] for one in item.artifacts if one.role == "input"}
+    data = {
+        name: digest_of([artifact_digest(one) for one in (found if isinstance(found, list) else [found])])
+        for name, found in given.items()
+    }
+    return {"data": data} if data else {}
 
 
 def _artifacts(record: StepRecord) -> tuple[RunArtifact, ...]:
     """The step's inputs and outputs that are kfp artifacts, and its output parameters."""
     found = [
-        RunArtifact(role, name, {"value": items[0] if len(items) == 1 else items})
+        RunArtifact(role, name, {"step": items[0] if len(items) == 1 else items})
         for role, values in (("input", record.inputs), ("output", record.outputs))
         for name, items in values.artifacts.items()
     ]
     found += [RunArtifact("output", name, {"value": value}) for name, value in record.outputs.parameters.items()]
     return tuple(found)
+
+
+def _document(value: Any) -> dict[str, Any]:
+    """An output of the pipeline: a plain value, or one or several artifacts of its steps."""
+    items = value if isinstance(value, list) else [value]
+    is_artifact = bool(items) and all(
+        isinstance(one, dict) and {"uri", "type", "metadata"} <= set(one) for one in items
+    )
+    return {"step": value} if is_artifact else {"value": value}

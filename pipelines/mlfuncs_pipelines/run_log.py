@@ -36,6 +36,7 @@ class StepRecord:
     log: str = ""
     cache_note: str = ""  # why the cache was used or not
     cache_parts: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)  # digests of code and environment
     resources: Mapping[str, Any] = field(default_factory=dict)
     inputs: Values = field(default_factory=Values)
     outputs: Values = field(default_factory=Values)
@@ -78,6 +79,7 @@ class PipelineRun:
     started: float
     digest: str = ""  # of the pipeline file
     duration_s: float = 0.0
+    inputs: Mapping[str, Any] = field(default_factory=dict)  # `params` and the defaults of those not given
     outputs: Mapping[str, Any] = field(default_factory=dict)
     steps: dict[str, StepRecord] = field(default_factory=dict)
     error: str = ""

@@ -78,7 +78,10 @@ def worker_pool() -> WorkerPool:
 def _execute(
     pipeline: Pipeline, run: PipelineRun, settings: Settings, options: Options, observers: Sequence[Observer]
 ) -> PipelineRun:
-    complete(Values(dict(run.params)), pipeline.root, f"pipeline {pipeline.name}")  # a wrong value, before any work
+    given = complete(
+        Values(dict(run.params)), pipeline.root, f"pipeline {pipeline.name}"
+    )  # a wrong one: before any work
+    run.inputs = given.parameters
     plans = prepare(pipeline, settings, options.containers, run.params)
     run.folder.mkdir(parents=True, exist_ok=True)
     body = {"spec": pipeline.spec, "platform": pipeline.platform}

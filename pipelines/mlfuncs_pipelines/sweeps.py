@@ -19,7 +19,7 @@ from mlfuncs.results import HTML
 from mlfuncs.runs.isolation import child_values
 from mlfuncs.runs.outcome import forget_outcomes, read_outcome, stored_outcomes
 from mlfuncs.runs.starting import Started
-from mlfuncs.runs.sweep_plan import Plan, Sweep
+from mlfuncs.runs.sweep_plan import Plan, Sweep, unbroken
 from mlfuncs_pipelines.engine import Observer, Options
 from mlfuncs_pipelines.function_component import FunctionComponent
 from mlfuncs_pipelines.kubeflow import KubeflowRun, submit
@@ -112,10 +112,11 @@ class _Points(Observer):
         if record.is_group or "point" not in record.inputs.parameters:
             return
         number = json.loads(record.inputs.parameters["point"])["point"]
-        if number not in self._sweep.runs:
-            self._open[number] = self._sweep.begin(number, pipeline_run=run.id, step=record.id)
-        if record.status != "running" and number in self._open:
-            self._end(number, record.reason)
+        with unbroken():
+            if number not in self._sweep.runs:
+                self._open[number] = self._sweep.begin(number, pipeline_run=run.id, step=record.id)
+            if record.status != "running" and number in self._open:
+                self._end(number, record.reason)
 
     def give_up(self, number: int, reason: str) -> None:
         """Fail a point that nothing was heard of."""
@@ -169,7 +170,8 @@ def _follow(sweep: Sweep, run: KubeflowRun) -> None:
         for number in sorted(stored_outcomes(settings, sweep_id) - set(sweep.runs)):
             outcome = read_outcome(settings, sweep_id, number)
             if outcome is not None:
-                sweep.end(number, sweep.begin(number, url=run.url), outcome)
+                with unbroken():
+                    sweep.end(number, sweep.begin(number, url=run.url), outcome)
         if not over:
             time.sleep(_POLL_S)
     for number in set(range(len(sweep.plan.points))) - set(sweep.runs):

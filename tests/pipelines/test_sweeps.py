@@ -134,16 +134,22 @@ def test_ctrl_c_ends_the_points_and_marks_them(tmp_path: Path) -> None:
     (tmp_path / "sweeping.py").write_text(INTERRUPTED)
     process = subprocess.Popen([sys.executable, "sweeping.py"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
-    while not all((tmp_path / f"{n}.pid").exists() for n in (2, 3)):
+    while not all((tmp_path / f"{n}.pid").exists() for n in (2, 3)) or len(_points()) < 3:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, shown = process.communicate(timeout=60)
     assert "KeyboardInterrupt" in shown
-    assert not [n for n in (2, 3) if Path("/proc", (tmp_path / f"{n}.pid").read_text()).exists()]
+    while any(Path("/proc", (tmp_path / f"{n}.pid").read_text()).exists() for n in (2, 3)):
+        assert time.monotonic() < deadline, "a point still runs"
+        time.sleep(0.05)
     runs = ml.list_runs()
-    assert [run.status for run in runs if run.row.kind in ("sweep", "pipeline")] == ["cancelled", "cancelled"]
-    assert sorted(run.status for run in runs if run.row.kind == "run") == ["cancelled", "cancelled", "succeeded"]
+    assert [run.status for run in runs if run.row.kind in ("sweep", "pipeline")] == ["cancelled"] * 2, (shown, runs)
+    assert sorted(run.status for run in _points()) == ["cancelled", "cancelled", "succeeded"]
+
+
+def _points() -> list[ml.Run]:
+    return [run for run in ml.list_runs() if run.row.kind == "run"]
 
 
 class Cluster:
