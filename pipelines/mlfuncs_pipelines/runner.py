@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import atexit
-import functools
+import contextlib
 import json
 import secrets
+import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ from mlfuncs_pipelines.preflight import prepare
 from mlfuncs_pipelines.registry_record import RegistryObserver
 from mlfuncs_pipelines.run_log import PipelineRun, read_journal, runs_folder
 from mlfuncs_pipelines.workers import WorkerPool
+
+_idle: list[WorkerPool] = []  # a run has a pool to itself, because it alone may read what its workers say
+_lock = threading.Lock()
 
 
 def run_pipeline(
@@ -67,12 +71,26 @@ def resume_run(
     return _execute(pipeline, run, settings, resumed, observers)
 
 
-@functools.cache
-def worker_pool() -> WorkerPool:
-    """The warm processes of this process, ended when it ends."""
-    pool = WorkerPool()
-    atexit.register(pool.close)
-    return pool
+@contextlib.contextmanager
+def worker_pool() -> Iterator[WorkerPool]:
+    """Warm processes for one run: those that an earlier run of this process left, unless another has them now."""
+    with _lock:
+        pool = _idle.pop() if _idle else WorkerPool()
+    try:
+        yield pool
+    finally:
+        with _lock:
+            _idle.append(pool)
+
+
+def close_workers() -> None:
+    """End all warm processes that no run uses."""
+    with _lock:
+        while _idle:
+            _idle.pop().close()
+
+
+atexit.register(close_workers)
 
 
 def _execute(
@@ -88,8 +106,8 @@ def _execute(
     (run.folder / "pipeline.json").write_text(json.dumps(body), encoding="utf-8")
     constants = _constants(pipeline, run.id, run.folder)
     kept = [RegistryObserver(settings), LineageObserver(settings.project), *observers]
-    engine = Engine(pipeline, run, plans, constants, settings, worker_pool(), options, kept)
-    return engine.execute()
+    with worker_pool() as pool:
+        return Engine(pipeline, run, plans, constants, settings, pool, options, kept).execute()
 
 
 def _constants(pipeline: Pipeline, run_id: str, folder: Path) -> dict[str, str]:

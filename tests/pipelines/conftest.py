@@ -32,9 +32,9 @@ def api(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
 @pytest.fixture(scope="session", autouse=True)
 def end_workers() -> Iterator[None]:
     yield
-    from mlfuncs_pipelines.runner import worker_pool
+    from mlfuncs_pipelines.runner import close_workers
 
-    worker_pool().close()
+    close_workers()
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -47,6 +48,11 @@ def read(data: dsl.Input[dsl.Dataset], log: str) -> str:
     with open(log, "a") as file:
         file.write("r")
     return open(data.path).read()
+
+
+@dsl.component(base_image=IMAGE)
+def join(parts: list[str]) -> str:
+    return "".join(parts)
 
 
 @dsl.component(base_image=IMAGE)
@@ -193,6 +199,68 @@ def test_concurrent_equal_steps_run_once(compiled: Any, settings: Settings, tmp_
         thread.join()
     assert [done.status for done in runs] == ["succeeded", "succeeded"]
     assert log.read_text() == "x"
+
+
+def test_runs_in_two_threads_do_not_take_each_others_steps(compiled: Any, settings: Settings, tmp_path: Path) -> None:
+    @dsl.component(base_image=IMAGE)
+    def meet(mine: str, other: str) -> str:
+        import os
+        import time
+
+        open(mine, "w").close()
+        deadline = time.monotonic() + 60
+        while not os.path.exists(other) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return mine
+
+    @dsl.pipeline(name="meeting")
+    def meeting(mine: str, other: str) -> str:
+        return meet(mine=mine, other=other).output
+
+    loaded, places = load_pipeline(compiled(meeting)), [str(tmp_path / "a"), str(tmp_path / "b")]
+    ended: dict[str, PipelineRun] = {}
+
+    def go(mine: str, other: str) -> None:
+        ended[mine] = run_pipeline(loaded, {"mine": mine, "other": other}, settings)
+
+    threads = [threading.Thread(target=go, args=pair) for pair in (places, places[::-1])]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {mine: done.outputs for mine, done in ended.items()} == {mine: {"Output": mine} for mine in places}
+
+
+def test_a_run_resumes_from_wherever_its_journal_was_cut(run: Run, settings: Settings, tmp_path: Path) -> None:
+    """What a crash leaves is a prefix of the journal: every step whose end is in it stays, the others run again."""
+
+    @dsl.component(base_image=IMAGE)
+    def step(path: str, name: str, note: str = "") -> str:
+        with open(path, "a") as file:
+            file.write(name)
+        return note + name
+
+    @dsl.pipeline(name="cut")
+    def cut(path: str) -> str:
+        first = step(path=path, name="a")
+        with dsl.ParallelFor(["b", "c"]) as letter:
+            each = step(path=path, name=letter, note=first.output)
+        joined = join(parts=dsl.Collected(each.output))
+        return step(path=path, name="d", note=joined.output).output
+
+    log = tmp_path / "log"
+    done = run(cut, Options(cache=False), path=str(log))
+    assert done.outputs == {"Output": "abacd"} and sorted(log.read_text()) == list("abcd")
+    journal, whole = done.folder / "journal.jsonl", (done.folder / "journal.jsonl").read_bytes()
+    first_line = whole.index(b"\n") + 1
+    for end in sorted(random.Random(7).sample(range(first_line, len(whole)), 10)):
+        journal.write_bytes(whole[:end])
+        kept = {event["id"] for event in read_journal(done.folder) if event["event"] == "ended" and "outputs" in event}
+        log.write_text("")
+        again = resume_run(done.id, settings, Options(cache=False))
+        assert again.outputs == done.outputs
+        names = {"step": "a", "for-loop-2/0/step-2": "b", "for-loop-2/1/step-2": "c", "step-3": "d"}
+        assert set(log.read_text()) == {letter for name, letter in names.items() if name not in kept}, end
 
 
 def test_a_failed_run_resumes_at_the_failed_step(run: Run, settings: Settings, tmp_path: Path) -> None:
