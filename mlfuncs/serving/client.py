@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 DEFAULT_TIMEOUT_S = 60.0
 CONNECT_TIMEOUT_S = 5.0
 TIMEOUT_HEADER = "X-Mlfuncs-Timeout-Ms"
+_HOP_HEADERS = ("connection", "content-length", "host", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade")
 _POOLED_CONNECTIONS = 64  # per address; more are opened when needed and not kept
 
 _pools: dict[int, urllib3.PoolManager] = {}  # by process: connections must not be shared with a fork
@@ -33,23 +34,7 @@ def invoke(url: str, body: bytes, *, token: str = "", timeout_s: float | None = 
     Raises the MlfuncsError that a problem document stands for, Unavailable when nobody listens at `url`, and
     DeadlineExceeded when no answer came in time. An Unavailable with `retry_after_s` 0 was never a request.
     """
-    import urllib3
-
-    allowed_s = _allowed_s(timeout_s)
-    headers = request_headers(allowed_s, token)
-    timeout = urllib3.Timeout(connect=min(CONNECT_TIMEOUT_S, allowed_s), read=allowed_s)
-    # A refused connection was never a request, so it is tried again; a request that may have been read is not.
-    retries = urllib3.Retry(total=None, connect=3, read=0, status=0, other=0, redirect=0, backoff_factor=0.1)
-    started_s, status = time.monotonic(), 0
-    try:
-        answer = _pool().request("POST", url, body=body, headers=headers, timeout=timeout, retries=retries)
-        status = answer.status
-    except urllib3.exceptions.MaxRetryError as exc:
-        raise _unreachable(url, allowed_s, exc.reason or exc) from exc
-    except urllib3.exceptions.HTTPError as exc:
-        raise _unreachable(url, allowed_s, exc) from exc
-    finally:
-        note_call(url, headers.get("traceparent", ""), started_s, status)
+    answer = send("POST", url, body, token=token, timeout_s=timeout_s)
     kind = answer.headers.get("Content-Type", "")
     if answer.status >= 400:
         raise _failure(answer.status, kind, answer.data, answer.headers.get("Retry-After"))
@@ -57,6 +42,44 @@ def invoke(url: str, body: bytes, *, token: str = "", timeout_s: float | None = 
         return decode(answer.data, kind)
     except ValueError as exc:
         raise MlfuncsError(f"the answer of {url} says it is {kind}, and is not: {exc}") from exc
+
+
+def send(
+    method: str,
+    url: str,
+    body: bytes | str | None,
+    *,
+    headers: Mapping[str, str] | None = None,
+    token: str = "",
+    timeout_s: float | None = None,
+) -> urllib3.BaseHTTPResponse:
+    """The answer as it came, whatever its status; `headers` go along, but for those that are this hop's own.
+
+    Raises Unavailable and DeadlineExceeded as `invoke` does.
+    """
+    import urllib3
+
+    allowed_s = _allowed_s(timeout_s)
+    own = request_headers(allowed_s, token)
+    reserved = {*_HOP_HEADERS, *(name.lower() for name in own if name != "Content-Type")}
+    given = {name: value for name, value in (headers or {}).items() if name.lower() not in reserved}
+    if any(name.lower() == "content-type" for name in given):
+        del own["Content-Type"]
+    headers = given | own
+    timeout = urllib3.Timeout(connect=min(CONNECT_TIMEOUT_S, allowed_s), read=allowed_s)
+    # A refused connection was never a request, so it is tried again; a request that may have been read is not.
+    retries = urllib3.Retry(total=None, connect=3, read=0, status=0, other=0, redirect=0, backoff_factor=0.1)
+    started_s, status = time.monotonic(), 0
+    try:
+        answer = _pool().request(method, url, body=body, headers=headers, timeout=timeout, retries=retries)
+        status = answer.status
+    except urllib3.exceptions.MaxRetryError as exc:
+        raise _unreachable(url, allowed_s, exc.reason or exc) from exc
+    except urllib3.exceptions.HTTPError as exc:
+        raise _unreachable(url, allowed_s, exc) from exc
+    finally:
+        note_call(url, headers.get("traceparent", ""), started_s, status)
+    return answer
 
 
 def encode(values: Mapping[str, Any] | Any) -> bytes:

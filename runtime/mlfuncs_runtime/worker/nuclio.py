@@ -18,7 +18,8 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from mlfuncs.errors import Unavailable
-from mlfuncs.serving.request_context import current_request
+from mlfuncs.serving import client
+from mlfuncs.settings import read_settings
 
 _log = logging.getLogger("mlfuncs.nuclio")
 
@@ -210,23 +211,22 @@ class Platform:
     def call_function(
         self, function_name: str, event: Any, node: Any = None, timeout: float | None = None, **_: Any
     ) -> Response:
-        """The response of the endpoint `function_name` to `event`. Raises Unavailable when it cannot be reached."""
-        import urllib3
+        """The response of the endpoint `function_name` to `event`; deadline, trace and request id go along.
 
+        Raises Unavailable when it cannot be reached, DeadlineExceeded when the time allowed is over.
+        """
         pattern = os.environ.get("MLFUNCS_CALL_URL")
         if not pattern:
             raise Unavailable(f"cannot call {function_name!r}: MLFUNCS_CALL_URL is not set; deploy this function first")
         body = event.body if isinstance(event.body, str | bytes) or event.body is None else json.dumps(event.body)
         kind = event.content_type or ("application/json" if isinstance(event.body, dict | list) else "text/plain")
-        headers = {name: str(value) for name, value in (event.headers or {}).items() if name != "Content-Length"}
-        request = current_request()
-        headers |= {"Content-Type": kind} | ({"X-Request-Id": request.request_id} if request else {})
-        url = pattern.format(name=function_name) + ("" if event.path in (None, "", "/") else event.path)
-        limit = timeout or (request.remaining_s() if request else 60.0)
-        try:
-            answer = urllib3.request(event.method or "POST", url, body=body, headers=headers, timeout=limit, retries=0)
-        except urllib3.exceptions.HTTPError as exc:
-            raise Unavailable(f"endpoint {function_name!r} does not answer: {exc}") from exc
+        given = {str(name): str(value) for name, value in (event.headers or {}).items()}
+        headers = {name: value for name, value in given.items() if name.lower() != "content-type"}
+        headers["Content-Type"] = kind
+        url = pattern.replace("{name}", function_name) + ("" if event.path in (None, "", "/") else event.path)
+        token = "" if "authorization" in (name.lower() for name in headers) else read_settings().token
+        method = event.method or "POST"
+        answer = client.send(method, url, body, headers=headers, token=token, timeout_s=timeout or None)
         content_type = answer.headers.get("Content-Type", "text/plain")
         return Response(dict(answer.headers), _parse(answer.data, content_type), content_type, answer.status)
 
