@@ -63,7 +63,8 @@ class ZygoteUnderTest:
         self.control = str(folder / "z.sock")
         self.log_path = Path(config.log_path)
         (folder / "zygote.json").write_text(json.dumps(config.to_dict()))
-        environ = {**os.environ, **settings.to_environ()}
+        self.spawned: list[subprocess.Popen[bytes]] = []
+        self.environ = environ = {**os.environ, **settings.to_environ()}
         environ["PYTHONPATH"] = os.pathsep.join(str(ROOT / part) for part in ("", "runtime"))
         command = [sys.executable, "-m", "mlfuncs_runtime.worker.zygote", "--config", str(folder / "zygote.json")]
         self.process = subprocess.Popen([*command, "--control", self.control], env=environ, cwd=folder)
@@ -90,7 +91,19 @@ class ZygoteUnderTest:
         wait_for(lambda: _ready(path))
         return path
 
+    def spawn(self, replica: str) -> str:
+        """A worker that loads the bundle itself, as the supervisor starts it when the zygote cannot fork."""
+        path, config = str(self.folder / f"{replica}.sock"), self.folder / f"{replica}.json"
+        config.write_text(json.dumps(json.loads((self.folder / "zygote.json").read_text()) | {"socket": path}))
+        command = [sys.executable, "-m", "mlfuncs_runtime.worker.process", "--config", str(config)]
+        self.spawned.append(subprocess.Popen(command, env=self.environ, cwd=self.folder))
+        wait_for(lambda: _ready(path), 60)
+        return path
+
     def stop(self) -> None:
+        for child in self.spawned:
+            child.kill()
+            child.wait(10)
         for pid in self.pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -223,6 +236,67 @@ def test_refuses_to_fork_with_the_names_of_the_threads_when_user_code_started_so
     assert answer["error"] == "Conflict"
     assert "cannot fork" in answer["message"]
     assert zygote.process.wait(10) == 0
+
+
+class Compiled:
+    """The sum of squares by a numba kernel that may run on several threads; `warm` runs it in the zygote."""
+
+    def __init__(self, warm: bool) -> None:
+        import numba
+        import numpy as np
+
+        def sum_squares(values):  # type: ignore[no-untyped-def]
+            total = 0.0
+            for at in numba.prange(values.shape[0]):
+                total += values[at] * values[at]
+            return total
+
+        self.warm, self.numpy, self.kernel = warm, np, numba.njit(parallel=True)(sum_squares)
+
+    def warmup(self) -> None:
+        if self.warm:
+            self([1.0])
+
+    def __call__(self, x: list[float]) -> float:
+        return float(self.kernel(self.numpy.array(x)))
+
+
+def test_forks_run_a_parallel_numba_kernel_that_the_zygote_only_imported(start: Any) -> None:
+    zygote = start(Compiled, {"warm": False}).wait_loaded()
+    for n in range(2):
+        assert request(zygote.fork(f"r{n}"), {"x": [1.0, 2.0, 3.0]}) == (200, 14.0)
+
+
+def test_a_parallel_numba_kernel_that_ran_in_the_zygote_makes_it_refuse(start: Any) -> None:
+    """On one core it starts no thread that could be seen, and numba's OpenMP layer still ends its children."""
+    environ = {"NUMBA_NUM_THREADS": "1", "NUMBA_THREADING_LAYER": "omp"}
+    zygote = start(Compiled, {"warm": True}, env=environ).wait_loaded()
+    answer = zygote.order(op="ping")
+    assert answer["error"] == "Conflict"
+    assert "numba" in answer["message"]
+    assert zygote.process.wait(10) == 0
+
+
+class Framed:
+    """A sum by groups in polars, which starts threads when it is imported."""
+
+    def __init__(self) -> None:
+        import polars as pl
+
+        self.pl = pl
+
+    def __call__(self, x: list[float]) -> float:
+        frame = self.pl.LazyFrame({"x": x, "key": [n % 3 for n in range(len(x))]})
+        return float(frame.group_by("key").agg(self.pl.col("x").sum()).select("x").sum().collect().item())
+
+
+def test_polars_in_the_zygote_is_refused_by_name_and_answers_from_a_spawned_worker(start: Any) -> None:
+    zygote = start(Framed).wait_loaded()
+    answer = zygote.order(op="fork", replica="r0", socket=str(zygote.folder / "r0.sock"))
+    assert answer["error"] == "Conflict"
+    assert "polars" in answer["message"]
+    assert zygote.process.wait(10) == 0
+    assert request(zygote.spawn("r1"), {"x": [1.0, 2.0, 3.0]}) == (200, 6.0)
 
 
 def test_a_malformed_order_is_answered_and_the_zygote_goes_on(start: Any) -> None:

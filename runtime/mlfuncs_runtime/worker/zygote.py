@@ -11,8 +11,9 @@ Orders are JSON lines on the control socket, one answer each:
 
 fork() copies only the calling thread: a lock that another thread holds, or an OpenMP pool that has started, would hang
 the child. So the zygote loads with one thread per numeric library and forks only while it has a single thread; when
-user code has started others it says which, and ends: its workers are spawned instead. Forked workers live on when
-their zygote dies. The socket is bound by the child, so that SO_PEERCRED names it and not the zygote.
+user code has started others (importing polars does) it says which, and ends: its workers are spawned instead. Forked
+workers live on when their zygote dies. The socket is bound by the child, so that SO_PEERCRED names it and not the
+zygote.
 """
 
 from __future__ import annotations
@@ -98,6 +99,22 @@ def other_threads() -> list[str]:
             with contextlib.suppress(OSError):
                 names.append(Path(f"/proc/self/task/{task}/comm").read_text(encoding="utf-8").strip())
     return sorted(names)
+
+
+def why_not_to_fork() -> str:
+    """What a child of this process could not live with, for people; empty when it may fork.
+
+    numba's OpenMP layer ends a child that uses it when it has run before the fork, also without any thread (one core).
+    """
+    if threads := other_threads():
+        return f"the function's code has started threads ({', '.join(threads)}) while it was loaded"
+    if (numba := sys.modules.get("numba")) is not None:
+        with contextlib.suppress(ValueError):  # no parallel kernel has run yet
+            if (
+                numba.threading_layer() == "omp"
+            ):  # with one core it has no thread, and yet ends every child that uses it
+                return "the function's code has run a parallel numba kernel while it was loaded"
+    return ""
 
 
 def become_worker(config: WorkerConfig, settings: Settings) -> None:
@@ -204,7 +221,7 @@ class Zygote:
     def _obey(self, order: dict[str, Any]) -> tuple[dict[str, Any], WorkerConfig | None]:
         match order.get("op"):
             case "ping":
-                self._check_single()
+                self._check_forkable()
                 return {"ok": True, "pid": os.getpid()}, None
             case "fork":
                 return self._fork(order)
@@ -215,13 +232,11 @@ class Zygote:
             case other:
                 raise InvalidInput(f"unknown op {other!r}; known: ping, fork, exits")
 
-    def _check_single(self) -> None:
-        if threads := other_threads():
+    def _check_forkable(self) -> None:
+        if reason := why_not_to_fork():
             self._refused = True
-            raise Conflict(
-                f"cannot fork: the function's code has started threads ({', '.join(threads)}) while it was loaded; "
-                "its workers are spawned, which takes longer. Start threads on the first request instead"
-            )
+            mend = "its workers are spawned, which takes longer. Do that on the first request instead"
+            raise Conflict(f"cannot fork: {reason}; {mend}")
 
     def _fork(self, order: dict[str, Any]) -> tuple[dict[str, Any], WorkerConfig | None]:
         """Fork; the parent's answer, or the child's config. Raises Conflict when it cannot, InvalidInput."""
@@ -235,7 +250,7 @@ class Zygote:
             )
         except (KeyError, TypeError, ValueError) as exc:
             raise InvalidInput(f"a fork order needs 'replica' and 'socket': {exc!r} is missing or wrong") from exc
-        self._check_single()
+        self._check_forkable()
         self._reap()
         try:
             pid = os.fork()
