@@ -16,6 +16,7 @@ import yaml
 from kubernetes import client
 
 import mlfuncs as ml
+from mlfuncs.cli import main
 from mlfuncs.errors import DeadlineExceeded, RunFailed, SpecError
 from mlfuncs.loading import load_target
 from mlfuncs.runs import elsewhere
@@ -180,6 +181,11 @@ def test_a_run_as_a_job_is_a_run_like_any_other(jobs, function, api, capsys):
     assert job == f"train-{run.id}" and run.row.details["job"]["image"] == "registry.example/base:1"
 
 
+def test_the_command_line_runs_a_job(jobs, function, tmp_path, capsys):
+    main(["run", f"{tmp_path}/work.py:about", "--target", "kubernetes", "-p", 'target="moon"', "--json"])
+    assert json.loads(capsys.readouterr().out)["outputs"] == {"output": "moon"}
+
+
 def test_artifacts_go_through_a_shared_store_when_there_is_one(jobs, function, api, tmp_path, monkeypatch):
     import numpy as np
 
@@ -336,6 +342,9 @@ REFUSALS = {
         **waits("CreateContainerConfigError", 'secret "train-secrets" not found')
     ),
     "fits on no node: 0/3 nodes.*lower resources": pending(conditions=[UNSCHEDULABLE]),
+    "a volume cannot be mounted: .*references non-existent secret key: KEY; make": pending(
+        **waits("ContainerCreating", "")
+    ),
 }
 
 
@@ -344,6 +353,8 @@ def test_a_pod_that_cannot_start_is_named_and_its_job_deleted(opened, function, 
     import numpy as np
 
     opened["patience_s"] = 0.0
+    said = 'MountVolume.SetUp failed for volume "secrets" : references non-existent secret key: KEY'
+    api.objects["/api/v1/namespaces/ml/events/e"] = {"metadata": {}, "reason": "FailedMount", "message": said}
     REFUSALS[message](api)
     with pytest.raises(RunFailed, match=f"NotStarted: .*{message}"):
         function("train").run(target="kubernetes", depth=1, data=np.zeros(1))

@@ -82,18 +82,51 @@ def waiting(reason, message=""):
 
 
 FAULTS = {
-    "the image .* cannot be pulled .*image_pull_secrets": waiting("ImagePullBackOff", "denied"),
+    "the image .* cannot be pulled .*image_pull_secrets": waiting(
+        "ImagePullBackOff", 'Back-off pulling image "registry.example/x": ErrImagePull: unauthorized: denied'
+    ),
     "fits on no node: 0/3 nodes.*lower resources": {
-        "conditions": [{"type": "PodScheduled", "reason": "Unschedulable", "status": "False", "message": "0/3 nodes"}]
+        "phase": "Pending",
+        "conditions": [
+            {
+                "type": "PodScheduled",
+                "status": "False",
+                "reason": "Unschedulable",
+                "message": "0/3 nodes are available: 1 node(s) had untolerated taint {gpu: yes}, 2 Insufficient cpu.",
+            }
+        ],
     },
-    "ends again and again.*\n.*ValueError: no model": waiting("CrashLoopBackOff"),
+    "ends again and again.*\n.*ValueError: no model": waiting(
+        "CrashLoopBackOff", "back-off 10s restarting failed container=function pod=churn-rev-2-abc_ml(1f)"
+    ),
     "more memory than its limit": {
         "containerStatuses": [
             {"restartCount": 2, "state": {"waiting": {"reason": "CrashLoopBackOff"}},
              "lastState": {"terminated": {"reason": "OOMKilled", "exitCode": 137}}}
         ]
     },
+    "cannot start .CreateContainerConfigError: secret .s. not found.*is its Secret there": waiting(
+        "CreateContainerConfigError", 'secret "s" not found'
+    ),
+    "a volume cannot be mounted: MountVolume.SetUp failed .* secret .churn-secrets. not found; make": {
+        "containerStatuses": [{"restartCount": 0, "state": {"waiting": {"reason": "ContainerCreating"}}}]
+    },
 }  # fmt: skip
+REFUSED = {  # what the API server says of pods that a ReplicaSet wants
+    "have the quota raised": (
+        'pods "churn-rev-2-5d-x" is forbidden: exceeded quota: compute, requested: requests.cpu=2, '
+        "used: requests.cpu=3, limited: requests.cpu=4"
+    ),
+    "set resources.cpu and resources.memory": (
+        'pods "churn-rev-2-5d-x" is forbidden: failed quota: compute: must specify limits.memory for: function'
+    ),
+    "restricted standard": (
+        'pods "churn-rev-2-5d-x" is forbidden: violates PodSecurity "restricted:latest": restricted volume types '
+        '(volume "volume-0" uses restricted volume type "hostPath")'
+    ),
+    "LimitRange": 'pods "x" is forbidden: maximum memory usage per Container is 1Gi, but limit is 4Gi',
+    "whoever runs that webhook": 'admission webhook "policy.example" denied the request: no owner label',
+}
 
 
 def test_a_deploy_pushes_the_image_applies_and_waits(deploy, api, builder):
@@ -130,11 +163,50 @@ def test_a_failing_pod_is_named_and_what_served_still_serves(deploy, api, messag
 
     api.behaviour = fails
     api.pod_logs["churn-rev-2-abc"] = "Traceback\nValueError: no model"
+    said = 'MountVolume.SetUp failed for volume "secrets" : secret "churn-secrets" not found'
+    api.objects["/api/v1/namespaces/ml/events/e"] = {"metadata": {}, "reason": "FailedMount", "message": said}
     with pytest.raises(DeployFailed, match=f"(?s){message}") as raised:
         deploy(timeout_s=30)
     assert "rev-1 still serves" in str(raised.value)
     assert api.names("deployments") == ["churn-rev-1"]
     assert api.objects["/api/v1/namespaces/ml/services/churn"]["spec"]["selector"]["mlfuncs.dev/revision"] == "rev-1"
+
+
+@pytest.mark.parametrize("mend", REFUSED)
+def test_a_refused_pod_is_named_and_what_served_still_serves(deploy, api, mend):
+    deploy()
+
+    def refuses(path, manifest):
+        if path.endswith("deployments/churn-rev-2"):
+            condition = {
+                "type": "ReplicaFailure", "status": "True", "reason": "FailedCreate", "message": REFUSED[mend]
+            }  # fmt: skip
+            manifest["status"] = {"observedGeneration": 99, "conditions": [condition], "unavailableReplicas": 1}
+
+    api.behaviour = refuses
+    with pytest.raises(DeployFailed, match=rf"(?s)no pod can be made: .*{mend}.*rev-1 still serves"):
+        deploy(timeout_s=30)
+    assert api.names("deployments") == ["churn-rev-1"]
+
+
+def test_an_apply_that_is_refused_half_way_leaves_what_served_and_nothing_new(deploy, api):
+    endpoint = deploy()
+    said = 'horizontalpodautoscalers.autoscaling is forbidden: User "dev" cannot patch resource'
+    api.faults["PATCH", "/horizontalpodautoscalers/churn-rev-2"] = (403, said)
+    with pytest.raises(Forbidden, match=r"cannot patch resource.*render platform"):
+        deploy(timeout_s=30)
+    assert api.names("deployments") == ["churn-rev-1"] and endpoint.status().traffic == {"rev-1": 100}
+    assert api.objects["/api/v1/namespaces/ml/services/churn"]["spec"]["selector"]["mlfuncs.dev/revision"] == "rev-1"
+
+
+def test_a_full_quota_for_objects_and_bad_credentials_are_named(deploy, api):
+    said = 'services "churn" is forbidden: exceeded quota: objects, requested: count/services=1, limited: 0'
+    api.faults["PATCH", "/services/"] = (403, said)
+    with pytest.raises(DeployFailed, match=r"exceeded quota: objects.*have the quota raised"):
+        deploy()
+    api.faults["PATCH", "/services/"] = (401, "Unauthorized")
+    with pytest.raises(Forbidden, match="does not accept the credentials of KUBECONFIG"):
+        deploy()
 
 
 def test_a_quota_and_a_denied_role_are_named(deploy, api):

@@ -9,6 +9,16 @@ from typing import Any
 _PULL = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull")
 _CONFIG = ("CreateContainerConfigError", "CreateContainerError", "RunContainerError")
 
+_NOT_THERE = ("not found", "non-existent")
+_REFUSALS = (  # a word of the API server's -> how to mend it
+    ("exceeded quota", "lower resources or scale, or have the quota raised"),
+    ("must specify", "the namespace's quota asks for resources: set resources.cpu and resources.memory"),
+    ("violates PodSecurity", "leave out what pod.volumes has beyond the restricted standard, e.g. hostPath"),
+    ("usage per Container", "keep resources.cpu and resources.memory within the namespace's LimitRange"),
+    ("admission webhook", "ask whoever runs that webhook in the cluster"),
+    ("priority class", "name a pod.priority_class that the cluster has"),
+)
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -25,8 +35,7 @@ def failure_of(deployment: Mapping[str, Any], pods: Sequence[Mapping[str, Any]])
     for condition in (deployment.get("status") or {}).get("conditions") or ():
         if condition["type"] == "ReplicaFailure" and condition["status"] == "True":
             message = str(condition.get("message", ""))
-            mend = "lower resources or scale, or have the quota raised" if "quota" in message else "see its events"
-            return Failure(f"no pod can be made: {message}; {mend}", may_pass="quota" in message)
+            return _refused(message)
         if condition["type"] == "Progressing" and condition.get("reason") == "ProgressDeadlineExceeded":
             return _of_pods(pods) or Failure(str(condition.get("message", "it made no progress in time")))
     return _of_pods(pods)
@@ -37,9 +46,32 @@ def why_no_pod(events: Sequence[str]) -> Failure | None:
     refused = next((event for event in reversed(events) if event.startswith("FailedCreate: ")), None)
     if refused is None:
         return None
-    quota = "quota" in refused
-    mend = "lower resources, or have the quota raised" if quota else "see 'kubectl describe job'"
-    return Failure(f"no pod can be made: {refused.removeprefix('FailedCreate: ')}; {mend}", may_pass=quota)
+    return _refused(refused.removeprefix("FailedCreate: "))
+
+
+def why_not_mounted(events: Sequence[str]) -> Failure | None:
+    """What the events of a pod say whose containers are being made: a Secret, a key or a claim that is not there."""
+    for event in reversed(events):
+        reason, _, message = event.partition(": ")
+        if reason == "FailedMount" and any(word in message for word in _NOT_THERE):
+            return Failure(f"a volume cannot be mounted: {message}; make what it names, in the same namespace")
+    return None
+
+
+def being_made(pods: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The names of pods that wait for their containers, e.g. for volumes, and do not say for what."""
+    return [str(pod["metadata"]["name"]) for pod in pods if "ContainerCreating" in _waiting_for(pod)]
+
+
+def _waiting_for(pod: Mapping[str, Any]) -> list[str]:
+    containers = (pod.get("status") or {}).get("containerStatuses") or ()
+    return [((c.get("state") or {}).get("waiting") or {}).get("reason", "") for c in containers]
+
+
+def _refused(message: str) -> Failure:
+    """What the API server said when it refused a pod, and what to do."""
+    mend = next((mend for word, mend in _REFUSALS if word in message), "see the namespace's events")
+    return Failure(f"no pod can be made: {message}; {mend}", may_pass="exceeded quota" in message)
 
 
 def how_it_ended(pod: Mapping[str, Any]) -> str | None:

@@ -18,8 +18,9 @@ from mlfuncs.signing import project_key
 from mlfuncs_runtime.images.function_image import is_shared
 from mlfuncs_runtime.kubernetes.attempts import Attempts
 from mlfuncs_runtime.kubernetes.cluster import Cluster, Manifest
+from mlfuncs_runtime.kubernetes.evidence import explain_pods
 from mlfuncs_runtime.kubernetes.images import push_run_image
-from mlfuncs_runtime.kubernetes.pod_failures import Failure, failure_of, why_no_pod
+from mlfuncs_runtime.kubernetes.pod_failures import Failure, why_no_pod
 from mlfuncs_runtime.manifests.jobs import KEPT_S, RunJob, render_order, render_run_job
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class KubernetesRuns:
             if (ended and told) or (ending is not None and time.monotonic() > ending):
                 return self._end(job, found, attempts, ledger, cancelled)
             if not attempts.count and ending is None:
-                failure = failure_of({}, pods) or (None if pods else why_no_pod(self._cluster.events(job.name)))
+                failure = self._why_waiting(job, pods)
                 if waiting.is_over(ledger, failure):
                     self.cancel(job)
                     return failed("NotStarted", failure.reason if failure else "")
@@ -85,6 +86,11 @@ class KubernetesRuns:
     def cancel(self, job: Job) -> None:
         """Delete the Job; its pods are asked to stop."""
         self._cluster.delete("Job", job.name)
+
+    def _why_waiting(self, job: Job, pods: list[Manifest]) -> Failure | None:
+        if not pods:
+            return why_no_pod(self._cluster.events(job.name))
+        return explain_pods(self._cluster, {}, pods)
 
     def _pods(self, job: Job) -> list[Manifest]:
         return self._cluster.find("Pod", {"batch.kubernetes.io/job-name": job.name})

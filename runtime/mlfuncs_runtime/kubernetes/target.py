@@ -19,8 +19,9 @@ from mlfuncs.serving.rollouts import complete_rollout, fail_rollout, outcome_of,
 from mlfuncs.serving.targets import EndpointStatus, ReplicaStatus, Report
 from mlfuncs.settings import Settings
 from mlfuncs_runtime.kubernetes.cluster import Cluster, Manifest, kind_of
+from mlfuncs_runtime.kubernetes.evidence import explain_pods
 from mlfuncs_runtime.kubernetes.images import cluster_image, push_image
-from mlfuncs_runtime.kubernetes.pod_failures import Failure, failure_of
+from mlfuncs_runtime.kubernetes.pod_failures import Failure
 from mlfuncs_runtime.manifests.knative import render_knative
 from mlfuncs_runtime.manifests.kubernetes import render_kubernetes, split_warning
 from mlfuncs_runtime.manifests.routing import INTERCEPTOR_PORT, KubernetesOptions
@@ -153,7 +154,7 @@ class KubernetesTarget:
         if seen and (ready >= max(1, wished) or (wished == 0 and self._options.keda)):
             return None  # at zero it is ready too: a request brings it back
         pods = self._cluster.find("Pod", {**self._labels(row), _REVISION: revision})
-        failure = failure_of(deployment, pods) if seen else None
+        failure = explain_pods(self._cluster, deployment, pods) if seen else None
         return failure or Failure(f"{revision}: {ready} of {max(1, wished)} pods ready", final=False)
 
     # --- shared
@@ -252,7 +253,7 @@ class KnativeTarget(KubernetesTarget):
         if ready and ready["status"] == "True":
             return None
         pods = self._cluster.find("Pod", {**self._labels(row), _REVISION: revision})
-        failure = failure_of({}, pods)
+        failure = explain_pods(self._cluster, {}, pods)
         if failure is None and ready and ready["status"] == "False":
             failure = Failure(f"{revision}: {ready.get('reason', '')}: {ready.get('message', '')}")
         return failure or Failure(f"{revision}: {(ready or {}).get('reason') or 'starting'}", final=False)
