@@ -6,6 +6,7 @@ import asyncio
 import collections
 import dataclasses
 import socket
+from typing import Literal
 
 import pytest
 
@@ -18,6 +19,23 @@ async def open_request(harness: Harness, target: str, body: bytes = b"{}", metho
     connection = await harness.connect()
     await connection.send(message(method, target, body))
     return connection
+
+
+class Turnstile(asyncio.Event):
+    """A gate that lets as many pass as it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._turns = asyncio.Semaphore(0)
+
+    async def wait(self) -> Literal[True]:
+        """Return in one's turn."""
+        return await self._turns.acquire() and True
+
+    def let_pass(self, count: int) -> None:
+        """That many more go on."""
+        for _ in range(count):
+            self._turns.release()
 
 
 # --- which endpoint
@@ -166,6 +184,35 @@ def test_ten_times_overload_keeps_the_wait_of_admitted_requests_bounded() -> Non
         statuses = collections.Counter([(await connection.reply()).status for connection in connections])
         assert statuses == {200: 11, 429: 99}
         assert len(worker.seen) == 11
+
+    with_router(test)
+
+
+def test_overload_that_lasts_makes_no_admitted_request_wait_longer_than_the_queue() -> None:
+    """Ten come in every turn of the one worker: who is let in is answered within as many turns as the queue is long."""
+    queue, each, turns = 8, 10, 60
+
+    async def test(harness: Harness) -> None:
+        worker = await harness.worker()
+        worker.gate = Turnstile()
+        harness.route(worker, limits=Limits(queue_size=queue), concurrency={"rev-1": 1})
+        endpoint = harness.router.core.endpoints["predict"]
+        answered = endpoint.revision("rev-1").counts.by_status
+        connections = []
+        for turn in range(turns):
+            for number in range(turn * each, (turn + 1) * each):
+                connections.append(await open_request(harness, "/predict/gate", b"%d" % number))
+            await until(lambda: endpoint.queued == queue and sum(endpoint.in_flight().values()) == 1, "a full house")
+            await until(lambda: len(connections) == endpoint.rejected.get("queue", 0) + len(worker.seen) + queue)
+            worker.gate.let_pass(1)
+            await until(lambda: answered.get(200) == len(connections) // each, "the turn's answer")
+        worker.gate.let_pass(queue + 1)
+        statuses = [(await connection.reply()).status for connection in connections]
+        waits = [turn - int(seen.body) // each for turn, seen in enumerate(worker.seen)]
+        assert statuses.count(200) == len(waits) == turns + queue
+        assert statuses.count(429) == turns * each - len(waits)
+        assert max(waits) <= queue
+        assert waits[turns // 2] == queue  # the bound is met: the load was above it all the time
 
     with_router(test)
 
