@@ -201,8 +201,12 @@ def function_of(target: Any, **options: Any) -> Function[Any, Any]:
 
 
 def _name_of(target: Any) -> str:
-    name = getattr(target, "__name__", type(target).__name__)
-    return "lambda" if name == "<lambda>" else name
+    """What `target` is called; a lambda is called as the one variable of its module that holds it, else "lambda"."""
+    name = str(getattr(target, "__name__", type(target).__name__))
+    if name != "<lambda>":
+        return name
+    held = [key for key, value in target.__globals__.items() if value is target and not key.startswith("_")]
+    return held[0] if len(held) == 1 else "lambda"
 
 
 def _replace_spec(spec: FunctionSpec, options: Mapping[str, Any]) -> FunctionSpec:

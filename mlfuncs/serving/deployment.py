@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import uuid
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -61,6 +62,8 @@ def read_options(function: Function[Any, Any], name: str | None, target: str, gi
         example = ", ".join(f"{key}=..." for key in missing)
         raise SpecError(f"the constructor of {function.spec.name!r} needs {missing[0]!r}: deploy({example})")
     _check_init(function, init_names, init)
+    if not name and function.spec.name == "lambda" and getattr(function.target, "__name__", "") == "<lambda>":
+        raise SpecError("a lambda has no name that an endpoint could have: deploy(name='...'), or give it by def")
     changes = {key: rest[key] for key in _OVERRIDES if key in rest}
     if function.with_options(**changes).spec.triggers and target not in ("process", "docker"):
         raise SpecError(f"triggers are run by a home's supervisor, not on target {target!r}: leave them out there")
@@ -146,13 +149,21 @@ def _pack(
 ) -> tuple[RevisionConfig, str]:
     from mlfuncs.artifacts import ArtifactStore
     from mlfuncs.bundles.bundle import build_bundle, open_bundle
+    from mlfuncs.bundles.imports import missing_imports
 
     signature = function.signature
     report(STEPS[0])
     bundle = build_bundle(function.target, function.spec, settings)
+    opened, python = open_bundle(bundle.digest, settings), None
     if deployment.target == "process":
         report(STEPS[1])
-        open_bundle(bundle.digest, settings).python()
+        python = opened.python()
+    for module, wanted in missing_imports(opened, python).items():
+        warnings.warn(
+            f"function {function.spec.name!r} imports {module!r}, which its environment does not have: a call that "
+            f"comes to that import fails. Add what brings it: ml.function(requirements=[{wanted!r}, ...])",
+            stacklevel=2,
+        )
     refs: dict[str, Mapping[str, Any]] = {}
     if deployment.init:
         report("storing the constructor's values")

@@ -78,9 +78,15 @@ def test_options_go_into_the_spec() -> None:
     assert double.spec.retries == 0
 
 
+half = lambda x: x / 2  # noqa: E731
+once = twice = lambda x: x
+
+
 def test_a_name_is_made_from_the_functions_own() -> None:
     assert double.spec.name == "double"
     assert function_of(lambda x: x).spec.name == "lambda"
+    assert function_of(half).spec.name == "half"  # a lambda that one variable holds
+    assert function_of(once).spec.name == function_of(twice).spec.name == "lambda"
 
 
 def test_a_decorated_class_is_still_a_class_to_its_users() -> None:
