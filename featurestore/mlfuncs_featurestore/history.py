@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mlfuncs.errors import MissingExtra, NotFound, SpecError
+from mlfuncs_featurestore import asof_kernels
 from mlfuncs_featurestore.asof import (
     NOT_FOUND,
     NULL,
@@ -29,6 +30,7 @@ from mlfuncs_featurestore.asof import (
     join_bucket,
 )
 from mlfuncs_featurestore.definitions import FeatureView
+from mlfuncs_featurestore.kernels import compiling
 from mlfuncs_featurestore.lineage import note_versions
 from mlfuncs_featurestore.offline import Snapshot
 from mlfuncs_featurestore.references import Selection, select, split_reference
@@ -199,7 +201,9 @@ def _join_view(
             taken = keys.take(pa.array(chosen))
             aware = options.use_created
             works.append(BucketJoin(view, part, wanted, aware, taken, spine.at_us[mine], mine, arrived_us))
-    results = _run(works, options)
+    whole_events = view.event_id or any(name in view.aggregates for name in wanted)
+    with compiling(asof_kernels.group_events if whole_events else asof_kernels.group):
+        results = _run(works, options)
     status = np.full(spine.table.num_rows, NOT_FOUND, np.uint8)
     for result in results:
         status[result.rows] = result.status

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,21 @@ def warm_up() -> float:
     for kernel, arguments in _calls():
         kernel(*arguments)
     return time.process_time() - started
+
+
+def compiling(kernel: Any) -> Any:
+    """A context that shows a progress line where `kernel` was never compiled in this installation, else nothing."""
+    from mlfuncs.progress import progress
+
+    return progress("Compiling kernels, once per installation", enabled=not is_compiled(kernel))
+
+
+def is_compiled(kernel: Any) -> bool:
+    """Whether compiled code of the kernel is on disk, made after the source was."""
+    function = kernel.py_func
+    source = Path(function.__code__.co_filename)
+    found = Path(kernel.stats.cache_path).glob(f"{source.stem}.{function.__name__}-*.nbi")
+    return any(index.stat().st_mtime >= source.stat().st_mtime for index in found)
 
 
 def dispatchers() -> list[Any]:

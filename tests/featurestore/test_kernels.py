@@ -56,3 +56,18 @@ def test_a_new_process_compiles_nothing_after_the_warm_up():
 def test_importing_the_feature_store_is_light():
     code = "import time; import mlfuncs_featurestore as f; f.FeatureStore; f.FeatureView; print(time.process_time())"
     assert float(run(code)) < 0.3
+
+
+def test_who_meets_a_kernel_that_was_never_compiled_is_told_so_once(tmp_path):
+    code = """
+import contextlib, io, numpy as np
+from mlfuncs_featurestore.hash_kernels import hash_ints
+from mlfuncs_featurestore.kernels import compiling, is_compiled
+said = []
+for _ in range(2):
+    with contextlib.redirect_stderr(io.StringIO()) as shown, compiling(hash_ints):
+        hash_ints(np.zeros(2, np.int64))
+    said.append("Compiling" in shown.getvalue())
+print(said, is_compiled(hash_ints))
+"""
+    assert run(code, NUMBA_CACHE_DIR=str(tmp_path)) == "[True, False] True"
