@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _PREFIX = "feature_"
 _KINDS = tuple(_PREFIX + kind for kind in ("entity", "view", "on_demand", "service"))
+_SPOKEN = {"on_demand": "on-demand view"}
 _ATTEMPTS = 20  # of one apply, while others apply other definitions
 
 
@@ -215,7 +216,13 @@ class Catalog:
         return [*self.all("on_demand"), *self.all("service")]
 
     def _get(self, kind: str, name: str, version: int | None) -> Any:
-        return definition_from_dict(kind, self._documents.get(_PREFIX + kind, name, version).body)
+        try:
+            return definition_from_dict(kind, self._documents.get(_PREFIX + kind, name, version).body)
+        except NotFound as exc:
+            spoken = _SPOKEN.get(kind, kind)
+            if exc.name != name:  # there is one, but not in that version
+                raise NotFound(f"version of {spoken} {name!r}", exc.name, exc.near) from None
+            raise NotFound(spoken, name, [one.name for one in self.all(kind)]) from None
 
     def _versions(self, kind: str, name: str) -> list[Definition]:
         rows = self._documents.versions(_PREFIX + kind, name)

@@ -69,18 +69,19 @@ def ingest(view: str, source: str | None, future: str, json_wanted: bool) -> Non
 @click.option("--push-id", help="A push with an id that was pushed already does nothing.")
 @as_json
 def push(view: str, data: str, push_id: str | None, json_wanted: bool) -> None:
-    """Push rows: online at once and durable offline. Times are ISO 8601 text."""
-    rows = parse_data(data)
-    rows = rows if isinstance(rows, list) else [rows]
+    """Push rows: online at once and durable offline. Times are ISO 8601 text, bytes base64, decimals text."""
+    from mlfuncs_featurestore.json_rows import read_row
+
+    given = parse_data(data)
+    rows = given if isinstance(given, list) else [given]
     store = _store()
     definition = store.catalog.view(view)
     for row in rows:
         if not isinstance(row, dict):
             raise InvalidInput(f"--data: {row!r} is not a row; write an object with the view's columns")
-        for name in (definition.timestamp, definition.created_timestamp):
-            if isinstance(row.get(name), str):
-                row[name] = _time(row[name], name)
-    report = store.push(view, rows, push_id=push_id)
+    if not rows:
+        raise InvalidInput("--data has no rows")
+    report = store.push(view, [read_row(definition, row) for row in rows], push_id=push_id)
     emit(dataclasses.asdict(report), json_wanted, f"{view}: {report.rows} rows pushed ({report.push_id})")
 
 
@@ -142,7 +143,10 @@ def skew(since: str | None, json_wanted: bool) -> None:
 @as_json
 def get(wanted: tuple[str, ...], entities: str, full_feature_names: bool, json_wanted: bool) -> None:
     """Read online features ("view:feature", a view or a service) of entities."""
-    keys = parse_data(entities)
+    keys = parse_data(entities, "--entities", '{"user_id": [1, 2]}')
+    if isinstance(keys, list) and all(isinstance(row, dict) for row in keys):
+        names = dict.fromkeys(name for row in keys for name in row)
+        keys = {name: [row.get(name) for row in keys] for name in names}
     if not isinstance(keys, dict):
         raise InvalidInput(f"--entities {entities!r} must be an object of columns, like '{{\"user_id\": [1, 2]}}'")
     keys = {name: column if isinstance(column, list) else [column] for name, column in keys.items()}
@@ -197,7 +201,10 @@ def consume(view: str, block_ms: int, follow: bool, json_wanted: bool) -> None:
 @as_json
 def flush(view: str | None, json_wanted: bool) -> None:
     """Commit pushed rows that wait in this home's log to the offline table (of VIEW, or of every view)."""
-    done = _store().flush(view)
+    store = _store()
+    if view is not None:
+        store.catalog.view(view)  # raises NotFound with near names
+    done = store.flush(view)
     text = "\n".join(f"{name}: {rows} rows committed" for name, rows in done.items()) or "nothing was pushed here"
     emit({"rows": done}, json_wanted, text)
 
@@ -231,7 +238,7 @@ def _cell(name: str, at: int, columns: dict[str, Any], statuses: dict[str, Any])
     if name in statuses and statuses[name][at] != "PRESENT":
         return f"({statuses[name][at]})"
     value = columns[name][at]
-    return value if isinstance(value, str) else json.dumps(value, default=str)
+    return json.dumps(value, default=str) if isinstance(value, (list, dict, bool)) or value is None else str(value)
 
 
 def _time(text: str, what: str) -> datetime.datetime:

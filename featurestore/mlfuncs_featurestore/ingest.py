@@ -93,7 +93,10 @@ def ingest(store: FeatureStore, view: str, rows: Any = None, **options: Any) -> 
     definition = store.catalog.view(view)
     if rows is None:
         if definition.source is None or definition.source.kind == "redis-stream":
-            raise SpecError(f"view {view!r} has no source with a table to read; hand in the rows")
+            raise SpecError(
+                f"view {view!r} has no source with a table to read; hand in the rows: ingest({view!r}, table), or "
+                f"`mlfuncs features ingest {view} FILE`"
+            )
         rows = str(definition.source)
     if chosen.deleted and definition.event_id is None:
         raise SpecError(f"view {view!r} has no event_id, so a delete cannot say which event it means")

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mlfuncs.errors import InvalidInput, NotFound, SpecError
+from mlfuncs.errors import InvalidInput, SpecError
 from mlfuncs_featurestore.definitions import FeatureView, OnDemandView
 from mlfuncs_featurestore.keys import INT64_MAX, INT64_MIN, encode_keys
 from mlfuncs_featurestore.redis_keys import ViewKeys
@@ -156,7 +156,11 @@ class OnlinePlan:
         for name in (*self.key_names, *self.request):
             if name not in columns:
                 what = "entity key" if name in self.key_names else "request column"
-                raise NotFound(what, name, columns, hint="(give a list of values for it)")
+                given = ", ".join(map(repr, columns)) or "nothing"
+                raise InvalidInput(
+                    f"{what} {name!r} is missing: {given} was given; give a list of values for {name!r}",
+                    [{"field": name, "message": "is missing"}],
+                )
             if isinstance(columns[name], (str, bytes)) or not hasattr(columns[name], "__len__"):
                 raise InvalidInput(
                     f"{name!r} must be a list of values, not {columns[name]!r}: write {{{name!r}: [...]}}"

@@ -31,6 +31,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from mlfuncs.errors import InvalidInput, MlfuncsError, SpecError, Unauthorized
 from mlfuncs.settings import Settings
 from mlfuncs_featurestore.flusher import Flusher
+from mlfuncs_featurestore.json_rows import read_cell, unbase64
 from mlfuncs_featurestore.online_metrics import CONTENT_TYPE, FeatureMetrics
 from mlfuncs_featurestore.online_result import OnlineFeatures
 from mlfuncs_featurestore.store import FeatureStore
@@ -110,7 +111,7 @@ def make_app(store: FeatureStore, sample_rate: float = 0.0) -> FastAPI:
     @app.post("/push")
     def push(request: PushRequest) -> Response:
         """Rows into a view: online at once and durable offline."""
-        report = store.push(request.push_source_name, _times(store, request), push_id=request.push_id)
+        report = store.push(request.push_source_name, _rows(store, request), push_id=request.push_id)
         metrics.pushed(report.rows)
         return _json({"view": report.view, "push_id": report.push_id, "rows": report.rows, "repeated": report.repeated})
 
@@ -182,46 +183,15 @@ def _keys(store: FeatureStore, wanted: Any, entities: dict[str, list[Any]]) -> d
     """Keys of type bytes are base64 in JSON."""
     kinds = {name: kind for read in store.online.plan(wanted).reads.values() for name, kind in read.key_types}
     return {
-        name: [_unbase64(name, one) for one in column] if kinds.get(name) == "bytes" else column
+        name: [unbase64(name, one) for one in column] if kinds.get(name) == "bytes" else column
         for name, column in entities.items()
     }
 
 
-def _unbase64(name: str, text: Any) -> bytes:
-    try:
-        return base64.b64decode(text, validate=True)
-    except (ValueError, TypeError):
-        raise InvalidInput(f"{name!r}: {text!r} is not base64", [{"field": name, "message": "is not base64"}]) from None
-
-
-def _times(store: FeatureStore, request: PushRequest) -> dict[str, list[Any]]:
-    """The rows with ISO times as times and base64 as bytes, where the view has such columns."""
-    from mlfuncs_featurestore.quality import stored_type
-
+def _rows(store: FeatureStore, request: PushRequest) -> dict[str, list[Any]]:
+    """The columns with values as the view's types have them."""
     view = store.catalog.view(request.push_source_name)
-    columns: dict[str, list[Any]] = {}
-    for name, column in request.df.items():
-        kind = stored_type(view, name).kind if name in view.columns else ""
-        if kind == "bytes":
-            columns[name] = [None if one is None else _unbase64(name, one) for one in column]
-        elif kind in ("timestamp", "date"):
-            columns[name] = [_moment(name, one, kind) for one in column]
-        else:
-            columns[name] = column
-    return columns
-
-
-def _moment(name: str, text: Any, kind: str) -> Any:
-    if text is None:
-        return None
-    try:
-        moment = datetime.datetime.fromisoformat(text)
-    except (ValueError, TypeError):
-        message = "is not an ISO 8601 time like '2024-05-01T12:00:00Z'"
-        raise InvalidInput(f"{name!r}: {text!r} {message}", [{"field": name, "message": message}]) from None
-    if kind == "date":
-        return moment.date()
-    return moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)
+    return {name: [read_cell(view, name, one) for one in column] for name, column in request.df.items()}
 
 
 def _iso(us: int) -> str:

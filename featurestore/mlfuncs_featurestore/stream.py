@@ -9,7 +9,6 @@ its consumer died counts once. Entries that do not fit are moved to "<stream>:re
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
 import socket
@@ -21,6 +20,7 @@ import redis
 
 from mlfuncs.errors import InvalidInput, SpecError
 from mlfuncs_featurestore.definitions import FeatureView
+from mlfuncs_featurestore.json_rows import read_row
 from mlfuncs_featurestore.push import flush, log_of
 from mlfuncs_featurestore.types import INTEGERS
 
@@ -150,12 +150,9 @@ class StreamReader:
                     raise ValueError("it is not an object")
             else:
                 row = {name.decode(): _typed(self.view, name.decode(), value) for name, value in fields.items()}
-            for name in (self.view.timestamp, self.view.created_timestamp):
-                if name in row and isinstance(row[name], str):
-                    row[name] = datetime.datetime.fromisoformat(row[name])
         except (ValueError, UnicodeDecodeError) as exc:
             raise InvalidInput(f"an entry of stream {self.stream!r} is not a row: {exc}") from exc
-        return row
+        return read_row(self.view, row)
 
 
 def _entries(answer: Any) -> list[Entry]:
@@ -171,7 +168,7 @@ def _entries(answer: Any) -> list[Entry]:
 
 
 def _typed(view: FeatureView, name: str, value: bytes) -> Any:
-    """A field of an entry, which Redis keeps as bytes, as a value of the view's column."""
+    """A field of an entry, which Redis keeps as bytes, as JSON would have it."""
     text = value.decode()
     kind = view.keys.get(name) or (str(view.fields[name].kind) if name in view.fields else "")
     if kind in INTEGERS:
@@ -180,6 +177,4 @@ def _typed(view: FeatureView, name: str, value: bytes) -> Any:
         return float(text)
     if kind == "bool":
         return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-    if kind == "timestamp":
-        return datetime.datetime.fromisoformat(text)
     return json.loads(text) if kind in ("list", "vector", "struct") else text

@@ -22,6 +22,7 @@ BATCH_ROWS = 1_000_000
 _SQL = re.compile(r"\s*(select|with|from)\s", re.IGNORECASE)
 _UTC = parse_type("timestamp").arrow
 _SAID: set[str] = set()
+_OTHER_FILES = (".csv", ".tsv", ".csv.gz", ".json", ".jsonl", ".ndjson")
 
 
 def read_tables(source: Any, batch_rows: int = BATCH_ROWS) -> Iterator[pa.Table]:
@@ -157,6 +158,11 @@ def open_dataset(location: str) -> Any:
     import pyarrow.dataset as ds
     from deltalake import DeltaTable
 
+    if location.lower().endswith(_OTHER_FILES):
+        read = "read_json" if "json" in location else "read_csv"
+        raise InvalidInput(
+            f"{location!r} is no Parquet file or Delta table; write SQL: \"SELECT * FROM {read}('{location}')\""
+        )
     kind, _, rest = location.partition(":")
     location = rest if kind in ("delta", "parquet") else location
     try:
@@ -226,6 +232,8 @@ def say_once(message: str) -> None:
 def _may_become(have: pa.DataType, kind: FeatureType) -> bool:
     """Whether a column of Arrow type `have` is of the family of `kind`; the cast itself then checks each value."""
     t = pa.types
+    if t.is_null(have):  # every value is null
+        return True
     if kind.kind == "bool":
         return t.is_boolean(have)
     if kind.kind in INTEGERS:
@@ -242,7 +250,7 @@ def _may_become(have: pa.DataType, kind: FeatureType) -> bool:
         return t.is_decimal(have) or t.is_integer(have)
     if kind.kind in ("list", "vector") and kind.element is not None:
         lists = t.is_list(have) or t.is_large_list(have) or t.is_fixed_size_list(have)
-        return lists and (t.is_null(have.value_type) or _may_become(have.value_type, kind.element))
+        return lists and _may_become(have.value_type, kind.element)
     if kind.kind == "struct" and t.is_struct(have):
         members = dict(kind.members)
         return all(one.name in members and _may_become(one.type, members[one.name]) for one in have)

@@ -58,7 +58,7 @@ def parse_assignments(pairs: Iterable[str], option: str) -> dict[str, Any]:
     return values
 
 
-def parse_data(text: str) -> Any:
+def parse_data(text: str, option: str = "--data", example: str = '{"x": 1}') -> Any:
     """The JSON in `text`, in the file that "@FILE" names, or on standard input for "-". Raises InvalidInput."""
     if text == "-":
         text = sys.stdin.read()
@@ -67,8 +67,8 @@ def parse_data(text: str) -> Any:
             with open(text[1:], encoding="utf-8") as file:
                 text = file.read()
         except OSError as exc:
-            raise InvalidInput(f"--data {text!r} cannot be read: {exc.strerror}") from exc
+            raise InvalidInput(f"{option} {text!r} cannot be read: {exc.strerror}") from exc
     try:
         return json.loads(text)
     except ValueError as exc:
-        raise InvalidInput(f"--data is not JSON ({exc}): write it like --data '{{\"x\": 1}}'") from exc
+        raise InvalidInput(f"{option} is not JSON ({exc}): write it like {option} '{example}'") from exc

@@ -78,7 +78,7 @@ def test_results_come_in_every_form(store):
 def test_unknown_names_get_near_ones(store):
     with pytest.raises(NotFound, match="amount"):
         store.get_online_features(["profile:amont"], {"user_id": [1]})
-    with pytest.raises(NotFound, match="user_id"):
+    with pytest.raises(InvalidInput, match="'user_id' is missing: 'user' was given"):
         store.get_online_features(["profile:amount"], {"user": [1]})
     with pytest.raises(InvalidInput, match="write"):
         store.get_online_features(["profile:amount"], {"user_id": "1"})
