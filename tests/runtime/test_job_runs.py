@@ -74,6 +74,12 @@ SOURCE = """
         print(" done", file=sys.stderr)
         return Trained(Model(depth), data + depth, 0.9)
 
+    @ml.function(requirements=[])
+    def light(depth: int) -> dict[str, Any]:
+        ml.log_metric("uid", os.getuid())
+        print("in the image:", os.path.exists("/opt/mlfuncs"))
+        return {"model": Model(depth), "rows": [depth] * 3}
+
     @ml.function(requirements=[], retries=2)
     def flaky(flag: str) -> str:
         path = Path(flag)
@@ -471,8 +477,6 @@ def test_names_of_jobs_fit_into_a_label():
 
 @pytest.mark.slow
 def test_the_pod_is_the_image_and_what_the_manifest_says(opened, function, api, tmp_path, monkeypatch, require):
-    import numpy as np
-
     require("root (to start a Docker Engine)", os.geteuid() == 0 or shutil.which("docker"))
     done = subprocess.run([HERE.parents[1] / "scripts" / "docker-engine"], capture_output=True, text=True, check=False)
     require(f"a Docker Engine ({done.stderr[-500:]})", done.returncode == 0)
@@ -481,11 +485,8 @@ def test_the_pod_is_the_image_and_what_the_manifest_says(opened, function, api, 
     monkeypatch.setenv("MLFUNCS_BASE_IMAGE", DockerBuilder(Settings(tmp_path / "home", "test")).base(print).name)
     jobs = local_jobs.DockerJobs(api, tmp_path)
     try:
-        run = (
-            function("train")
-            .with_options(requirements=None or [])
-            .run(target="kubernetes", depth=3, data=np.arange(2.0))
-        )
-        assert run.outputs["weights"].load().tolist() == [3.0, 4.0] and run.outputs["model"].load().predict() == 6
+        run = function("light").run(target="kubernetes", depth=3)
+        assert run.outputs["rows"] == [3, 3, 3] and run.outputs["model"].load().predict() == 6
+        assert run.metrics == {"uid": 10001} and run.logs == "in the image: True\n"
     finally:
         jobs.join()
