@@ -20,6 +20,7 @@ from mlfuncs.settings import Settings, ensure_home
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+KEY_VARIABLE = "MLFUNCS_SIGNING_KEY"
 _SCHEME = "ed25519"
 
 
@@ -69,9 +70,15 @@ class KeyRing:
 
 
 def project_key(settings: Settings) -> SigningKey:
-    """The project's private key, made on first use (atomically, readable by its owner only)."""
+    """The project's private key, made on first use (atomically, readable by its owner only).
+
+    The variable MLFUNCS_SIGNING_KEY holds its PEM where `home` does not last: in a pod, from a Kubernetes Secret.
+    """
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+    given = os.environ.get(KEY_VARIABLE, "")
+    if given:
+        return _signing_key(_from_pem(given.strip().encode() + b"\n", KEY_VARIABLE))
     path = ensure_home(settings) / "keys" / f"{settings.project}.pem"
     if not path.exists():
         _create_once(path, _to_pem(Ed25519PrivateKey.generate().private_bytes_raw()))
@@ -79,7 +86,13 @@ def project_key(settings: Settings) -> SigningKey:
         content = path.read_bytes()
     except OSError as exc:
         raise StorageError(f"the signing key {path} cannot be read: {exc.strerror or exc}") from exc
-    private = Ed25519PrivateKey.from_private_bytes(_from_pem(content, path))
+    return _signing_key(_from_pem(content, str(path)))
+
+
+def _signing_key(raw: bytes) -> SigningKey:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    private = Ed25519PrivateKey.from_private_bytes(raw)
     public = base64.b64encode(private.public_key().public_bytes_raw()).decode()
     return SigningKey(private, f"{_SCHEME}:{public}")
 
@@ -94,7 +107,7 @@ def _to_pem(raw: bytes) -> bytes:
     return _BEGIN + base64.b64encode(_PKCS8 + raw) + b"\n" + _END
 
 
-def _from_pem(content: bytes, path: Path) -> bytes:
+def _from_pem(content: bytes, place: str) -> bytes:
     """The key's 32 bytes; other forms of PEM (with a public key, say) are left to cryptography."""
     if content.startswith(_BEGIN) and content.endswith(_END):
         try:
@@ -110,9 +123,9 @@ def _from_pem(content: bytes, path: Path) -> bytes:
     try:
         private = load_pem_private_key(content, password=None)
     except (ValueError, TypeError, UnsupportedAlgorithm) as exc:
-        raise SpecError(f"{path} is not a readable key ({exc}); put it back from a copy, or move it away") from exc
+        raise SpecError(f"{place} is not a readable key ({exc}); put it back from a copy, or move it away") from exc
     if not isinstance(private, Ed25519PrivateKey):
-        raise SpecError(f"{path} is not an Ed25519 key; move it away and a new one is made")
+        raise SpecError(f"{place} is not an Ed25519 key; take it away and a new one is made")
     return private.private_bytes_raw()
 
 

@@ -79,7 +79,10 @@ def _decode(codec: Any, path: Path, metadata: dict[str, Any], hint: Any, setting
     if codec.signed:
         from mlfuncs.codecs.pickled import unseal
 
-        payload = unseal(codec.kind, path.read_bytes(), key_ring(settings), f"the artifact {path.name!r}")
+        try:
+            payload = unseal(codec.kind, path.read_bytes(), key_ring(settings), f"the artifact {path.name!r}")
+        except UntrustedError as exc:
+            raise UntrustedError(f"{exc}. On a cluster, give pods the project's key: docs/pipelines.md") from exc
         return codec.decode(payload, metadata, hint)
     if codec.kind == "figure":
         from mlfuncs.results import FigureImage

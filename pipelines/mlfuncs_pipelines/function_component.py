@@ -19,7 +19,7 @@ from mlfuncs.decorator import Function
 from mlfuncs.errors import InvalidInput, MlfuncsError, SpecError
 from mlfuncs.interface.signature import Signature
 from mlfuncs.settings import Settings, read_settings
-from mlfuncs.signing import project_key
+from mlfuncs.signing import KEY_VARIABLE, project_key
 from mlfuncs_pipelines.ports import (
     SCHEMA_VERSION,
     Port,
@@ -43,6 +43,7 @@ _MEMORY_TYPES = {
     "STRUCT": "Dict",
 }
 _ANYTHING = "system.Artifact"
+_SIGNED = ("system.Model", _ANYTHING)
 
 
 class FunctionComponent(base_component.BaseComponent):
@@ -78,11 +79,17 @@ class FunctionComponent(base_component.BaseComponent):
                 arguments[name] = argument
         task = _KfpComponent(self._spec_for(tuple(ports)))(**arguments)
         _apply_options(task, self.function)
+        if self._may_pickle():
+            _give_key(task, self.settings)
         return task
 
     def execute(self, **kwargs: Any) -> Any:
         """Run the plain function, as kfp asks for outside of a pipeline."""
         return self.function.target(**kwargs)
+
+    def _may_pickle(self) -> bool:
+        """Whether the step may write something that needs a signature: a model, or a value of any type."""
+        return any(port.form == "artifact" and port.kind in _SIGNED for port in self.outputs.values())
 
     def _bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         names = [p.name for p in self.signature.parameters if p.kind == "positional"]
@@ -249,6 +256,19 @@ def _apply_options(task: pipeline_task.PipelineTask, function: Function[Any, Any
         for name in spec.secrets:
             secret = name.lower().replace("_", "-")
             kubernetes.use_secret_as_env(task, secret_name=secret, secret_key_to_env={name: name})
+
+
+def key_secret(settings: Settings) -> str:
+    """The name of the Kubernetes Secret with the key that pods sign with; it need not be there."""
+    return f"mlfuncs-signing-{settings.project}"
+
+
+def _give_key(task: pipeline_task.PipelineTask, settings: Settings) -> None:
+    from kfp import kubernetes
+
+    kubernetes.use_secret_as_env(
+        task, secret_name=key_secret(settings), secret_key_to_env={"signing.pem": KEY_VARIABLE}, optional=True
+    )
 
 
 def _import(uri: Any, port: Port) -> Any:

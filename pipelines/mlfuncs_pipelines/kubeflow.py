@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import io
-import json
-import os
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,24 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 from mlfuncs.errors import (
     DeadlineExceeded,
-    Forbidden,
     InvalidInput,
-    MlfuncsError,
     NotFound,
     RunFailed,
-    SpecError,
-    Unauthorized,
-    Unavailable,
 )
 from mlfuncs.settings import Settings, read_settings
+from mlfuncs_pipelines.kubeflow_client import connect, host_of, translated
 
 if TYPE_CHECKING:
     from mlfuncs_pipelines.pipeline import Pipeline
 
-_TIMEOUTS_S = (5.0, 60.0)  # to connect, and to answer
-_POD_TOKEN = Path("/var/run/secrets/kubeflow/pipelines/token")
 _ENDED = {"SUCCEEDED": "succeeded", "FAILED": "failed", "CANCELED": "cancelled", "SKIPPED": "cancelled"}
-_BY_STATUS: dict[int, type[MlfuncsError]] = {401: Unauthorized, 403: Forbidden, 400: SpecError, 409: SpecError}
 
 
 @dataclass(frozen=True)
@@ -141,9 +130,9 @@ def submit(
 ) -> KubeflowRun:
     """Start a run on Kubeflow. Raises Unavailable, Unauthorized, Forbidden or SpecError when the host refuses."""
     settings = read_settings()
-    host = _host(host, settings)
+    host = host_of(host, settings)
     client = connect(host, settings)
-    with compiled(pipeline, params) as path, translated(host):
+    with compiled(pipeline, params, settings) as path, translated(host):
         started = client.create_run_from_pipeline_package(
             str(path),
             arguments=dict(params),
@@ -158,10 +147,10 @@ def schedule(
 ) -> Schedule:
     """Run at the times of `cron`: five fields, or Kubeflow's six with seconds first."""
     settings = read_settings()
-    host = _host(host, settings)
+    host = host_of(host, settings)
     expression = six_fields(cron)
     client = connect(host, settings)
-    with compiled(pipeline, params) as path, translated(host):
+    with compiled(pipeline, params, settings) as path, translated(host):
         found = client.create_experiment(experiment)
         made = client.create_recurring_run(
             experiment_id=found.experiment_id,
@@ -176,9 +165,9 @@ def schedule(
 def publish(pipeline: Pipeline, version: str = "", *, host: str = "") -> str:
     """Upload the pipeline, or a further `version` of it, and return the id of what was made."""
     settings = read_settings()
-    host = _host(host, settings)
+    host = host_of(host, settings)
     client = connect(host, settings)
-    with compiled(pipeline, {}) as path, translated(host):
+    with compiled(pipeline, None, settings) as path, translated(host):
         known = client.get_pipeline_id(pipeline.name)
         if known is None:
             return str(client.upload_pipeline(str(path), pipeline_name=pipeline.name).pipeline_id)
@@ -199,110 +188,24 @@ def six_fields(cron: str) -> str:
     return " ".join(fields if len(fields) == 6 else ["0", *fields])
 
 
-def connect(host: str, settings: Settings | None = None) -> Any:
-    """A kfp client for `host` that gives up on a host which does not answer.
-
-    The token is the setting kubeflow_token, else the one that Kubernetes mounts into a pod. Raises Unavailable,
-    Unauthorized or SpecError before anything is sent.
-    """
-    import kfp
-
-    settings = settings or read_settings()
-    token = settings.kubeflow_token or (_POD_TOKEN.read_text().strip() if _POD_TOKEN.exists() else "")
-    _probe(host, token)
-    with warnings.catch_warnings(), _quiet(), translated(host):
-        warnings.simplefilter("ignore")
-        namespace = settings.kubernetes_namespace if settings.kubernetes_namespace != "default" else "kubeflow"
-        client = kfp.Client(host=host, existing_token=token or None, namespace=namespace)
-    rest = client._run_api.api_client.rest_client
-    original = rest.request
-
-    def request(*arguments: Any, **options: Any) -> Any:
-        options["_request_timeout"] = options.get("_request_timeout") or _TIMEOUTS_S
-        return original(*arguments, **options)
-
-    rest.request = request
-    return client
-
-
 @contextlib.contextmanager
-def compiled(pipeline: Pipeline, params: Mapping[str, Any]) -> Iterator[Path]:
-    """The pipeline's file, checked together with the parameters. Raises InvalidPipeline or InvalidInput."""
+def compiled(pipeline: Pipeline, params: Mapping[str, Any] | None, settings: Settings) -> Iterator[Path]:
+    """The pipeline's file, checked together with the parameters if there are any yet, its code where pods fetch it.
+
+    Raises InvalidPipeline, InvalidInput, or SpecError when pods could not fetch the code.
+    """
     from mlfuncs_pipelines.inputs import Values, complete
+    from mlfuncs_pipelines.publishing import push_bundles
     from mlfuncs_pipelines.validate import load_pipeline
 
     with tempfile.TemporaryDirectory() as folder:
         path = pipeline.compile(Path(folder) / f"{pipeline.name}.yaml")
-        complete(Values(dict(params)), load_pipeline(path).root, f"pipeline {pipeline.name}")
+        loaded = load_pipeline(path)
+        if params is not None:
+            complete(Values(dict(params)), loaded.root, f"pipeline {pipeline.name}")
+        push_bundles(loaded, settings)
         yield path
-
-
-@contextlib.contextmanager
-def translated(host: str) -> Iterator[None]:
-    """kfp's and urllib3's errors as ours."""
-    import kfp_server_api
-    import urllib3
-
-    try:
-        with _quiet():
-            yield
-    except kfp_server_api.ApiException as exc:
-        raise _refused(exc, host) from exc
-    except (urllib3.exceptions.HTTPError, TimeoutError) as exc:
-        raise Unavailable(f"Kubeflow at {host} does not answer: {_reason(exc)}", 30) from exc
-
-
-def _refused(exc: Any, host: str) -> MlfuncsError:
-    try:
-        message = json.loads(exc.body).get("error") or json.loads(exc.body).get("message") or exc.body
-    except (TypeError, ValueError, AttributeError):
-        message = exc.reason
-    text = f"Kubeflow at {host} refused ({exc.status}): {message}"
-    if exc.status in (401, 403):
-        text += "; set MLFUNCS_KUBEFLOW_TOKEN to a token that may do this"
-    if exc.status == 404:
-        return NotFound("object on Kubeflow", str(message))
-    return _BY_STATUS.get(exc.status or 0, Unavailable)(text)
-
-
-def _probe(host: str, token: str) -> None:
-    import urllib3
-
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    url = f"{host}/apis/v2beta1/healthz"
-    timeout = urllib3.Timeout(connect=_TIMEOUTS_S[0], read=15.0)
-    try:
-        answer = urllib3.PoolManager(retries=False).request("GET", url, headers=headers, timeout=timeout)
-    except urllib3.exceptions.HTTPError as exc:
-        advice = "check the address and that it can be reached from here (a port-forward, a VPN)"
-        raise Unavailable(f"Kubeflow at {host} does not answer: {_reason(exc)}; {advice}", 30) from exc
-    if answer.status in (401, 403):
-        error = Unauthorized if answer.status == 401 else Forbidden
-        raise error(f"Kubeflow at {host} refuses the token ({answer.status}); set MLFUNCS_KUBEFLOW_TOKEN")
-    if answer.status >= 500:
-        raise Unavailable(f"Kubeflow at {host} answers {answer.status}", 30)
-    if answer.status != 200 or not answer.data.lstrip().startswith(b"{"):
-        raise SpecError(f"{host} is not the Kubeflow Pipelines API ({answer.status} at /apis/v2beta1/healthz)")
-
-
-def _host(host: str, settings: Settings) -> str:
-    found = (host or settings.kubeflow_host or os.environ.get("KF_PIPELINES_ENDPOINT", "")).rstrip("/")
-    if not found:
-        raise SpecError("no Kubeflow host: give host=..., or set MLFUNCS_KUBEFLOW_HOST to the Pipelines URL")
-    if not found.startswith(("http://", "https://")):
-        raise SpecError(f"the Kubeflow host {found!r} is not a URL; write it like https://kubeflow.example/pipeline")
-    return found
 
 
 def _state(state: Any) -> str:
     return _ENDED.get(str(state), str(state or "pending").lower())
-
-
-def _reason(exc: BaseException) -> str:
-    inner = getattr(exc, "reason", None)
-    return str(inner or exc)
-
-
-def _quiet() -> contextlib.AbstractContextManager[Any]:
-    """kfp's client prints links; ours are in the returned objects."""
-    return contextlib.redirect_stdout(io.StringIO())

@@ -42,6 +42,9 @@ class PointComponent(FunctionComponent):
         """The interface of every point, whatever the function's own."""
         return point_signature()
 
+    def _may_pickle(self) -> bool:
+        return True  # the function's own outputs, which are stored as those of a run
+
 
 class Collected(NamedTuple):
     """What the last step makes: the table of all points as a page, and the best point with its numbers."""
