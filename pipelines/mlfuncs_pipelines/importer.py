@@ -46,8 +46,8 @@ def missing_imports(pipeline: Pipeline, params: Mapping[str, Any]) -> list[Probl
         if "importer" not in executor or task.dependencies or task.condition or task.iterator:
             continue
         uri = _known_uri(task, executor["importer"], pipeline.root, params)
-        path = local_path(uri) if uri else ""
-        if path and "://" not in path and not Path(path).exists():
+        is_local = uri and ("://" not in uri or uri.startswith("file://"))
+        if is_local and not Path(local_path(uri)).exists():
             message = f"the importer finds nothing at {uri!r}"
             problems.append(Problem(f"root.dag.tasks.{task.name}", message, "give the path of a file or folder"))
     return problems

@@ -22,6 +22,7 @@ class Context:
 
     executor_input: Mapping[str, Any] = field(default_factory=dict)
     constants: Mapping[str, str] = field(default_factory=dict)
+    lists: frozenset[str] = frozenset()  # inputs that are lists of artifacts
 
 
 def resolve_command(parts: list[str], context: Context) -> list[str]:
@@ -118,6 +119,8 @@ def _lookup(path: str | None, context: Context) -> tuple[bool, Any]:
         return True, outputs.get("parameters", {}).get(parts[2], {}).get("outputFile")
     if parts[1] == "artifacts":
         artifacts = context.executor_input.get(parts[0], {}).get("artifacts", {}).get(parts[2], {}).get("artifacts")
+        if len(parts) == 3 and parts[0] == "inputs" and parts[2] in context.lists:
+            return True, artifacts or []
         return True, _artifact_property(artifacts[0], parts[3:]) if artifacts else None
     return False, None
 

@@ -165,7 +165,9 @@ def _interface(component: Component) -> list[Any]:
 
 
 def _context(prepared: Prepared) -> Context:
-    return Context(prepared.executor_input, prepared.constants)
+    inputs = prepared.step.component.input_artifacts
+    lists = frozenset(name for name, declared in inputs.items() if declared.is_list)
+    return Context(prepared.executor_input, prepared.constants, lists)
 
 
 def _argv(prepared: Prepared, containers: str, run_folder: Path) -> list[str]:

@@ -98,9 +98,11 @@ def _uv_program() -> str:
 @functools.cache
 def _base_python(version: str) -> str:
     """The interpreter for an image with Python `version`: another minor version when this machine has it."""
-    if not version or version == f"{sys.version_info.major}.{sys.version_info.minor}":
+    found = shutil.which(f"python{version}")
+    if not found or version == f"{sys.version_info.major}.{sys.version_info.minor}":
         return sys.executable
-    return shutil.which(f"python{version}") or sys.executable
+    runs = subprocess.run([found, "-c", ""], capture_output=True).returncode == 0  # pyenv's stand-ins may not
+    return found if runs else sys.executable
 
 
 def _is_satisfied_here(packages: tuple[str, ...]) -> bool:

@@ -148,3 +148,22 @@ def test_other_packages_are_another_environment() -> None:
 
 def test_containers_are_no_lightweight_components() -> None:
     assert recognise(_executor(shell)) is None and recognise({"importer": {}}) is None
+
+
+def test_a_stand_in_for_another_python_that_does_not_run_is_passed_over(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pyenv has a `python3.99` on PATH for a version that is not the one in use, and it only prints an error."""
+    stand_in = tmp_path / "bin" / "python3.99"
+    stand_in.parent.mkdir()
+    stand_in.write_text("#!/bin/sh\necho command not found >&2\nexit 127\n")
+    stand_in.chmod(0o755)
+    monkeypatch.setenv("PATH", str(stand_in.parent), prepend=":")
+
+    @dsl.component(base_image="python:3.99")
+    def newer() -> str:
+        return "x"
+
+    component = recognise(_executor(newer))
+    assert component is not None and component.python == "3.99"
+    assert python_for(component, settings) == Path(sys.executable)

@@ -48,6 +48,15 @@ def test_placeholder_becomes_its_value(text: str, resolved: str) -> None:
     assert resolve_text(text, GIVEN) == resolved
 
 
+def test_a_list_of_artifacts_is_its_json_even_with_one_in_it() -> None:
+    one = {"name": "d", "uri": "/a/d"}
+    given = {"inputs": {"artifacts": {"ds": {"artifacts": [one]}, "d": {"artifacts": [one]}}}}
+    context = Context(given, lists=frozenset({"ds"}))
+    assert json.loads(resolve_text("{{$.inputs.artifacts['ds']}}", context)) == [one]
+    assert json.loads(resolve_text("{{$.inputs.artifacts['d']}}", context)) == one
+    assert resolve_text("{{$.inputs.artifacts['ds'].uri}}", context) == "/a/d"
+
+
 def test_whole_executor_input_is_json() -> None:
     assert json.loads(resolve_text("{{$}}", GIVEN)) == GIVEN.executor_input
 

@@ -98,6 +98,18 @@ def test_all_that_is_missing_is_said_before_the_first_step(
     assert "/nowhere/tls" not in text
 
 
+def test_an_importer_of_a_remote_file_is_not_looked_for_here(run: Run) -> None:
+    @dsl.component(base_image=IMAGE)
+    def where(data: dsl.Input[dsl.Dataset]) -> str:
+        return data.uri
+
+    @dsl.pipeline(name="remote")
+    def remote() -> str:
+        return where(data=dsl.importer(artifact_uri="gs://bucket/data.csv", artifact_class=dsl.Dataset).output).output
+
+    assert run(remote).outputs == {"Output": "gs://bucket/data.csv"}
+
+
 def test_an_importer_of_what_a_step_makes_is_left_to_the_run(run: Run, tmp_path: Path) -> None:
     @dsl.component(base_image=IMAGE)
     def make(path: str):

@@ -299,6 +299,33 @@ def test_fault_is_found_with_its_place(document: dict[str, Any], case: str) -> N
     assert all(problem.mend for problem in found)
 
 
+def test_what_the_compiler_writes_around_collected_values_is_valid(compiled: Callable[[Any], Path]) -> None:
+    """kfp declares what passes through a condition on its way to dsl.Collected as a list."""
+
+    @dsl.component(base_image=IMAGE)
+    def total(xs: list[int]) -> int:
+        return sum(xs)
+
+    @dsl.pipeline(name="gathered")
+    def gathered(limit: int = 1):
+        with dsl.ParallelFor([1, 2, 3]) as item:
+            with dsl.If(item >= limit):
+                each = add(a=item)
+        with dsl.If(limit == 1):
+            total(xs=dsl.Collected(each.output))
+
+    assert check_file(compiled(gathered))[1] == []
+
+
+def test_limits_known_only_at_run_time_and_a_nested_final_status_are_valid(document: dict[str, Any]) -> None:
+    given = copy.deepcopy(document)  # as kfp 2.14 writes them: inputs of the task that its component does not have
+    task = given["root"]["dag"]["tasks"]["write"]
+    task.setdefault("inputs", {}).setdefault("parameters", {})["cpu_limit"] = {"runtimeValue": {"constant": "4"}}
+    status = given["components"]["comp-final"]["inputDefinitions"]["parameters"]["status"]
+    status["parameterType"] = "STRUCT"
+    assert problems_of(given) == []
+
+
 def test_all_problems_come_at_once(document: dict[str, Any]) -> None:
     broken = copy.deepcopy(document)
     names = ["schema version", "dangling executor", "dangling dependency", "constant of a wrong type", "no image"]
