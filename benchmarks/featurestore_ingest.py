@@ -92,6 +92,7 @@ def child(name: str, rows: int) -> None:
     curve: list[tuple[int, float]] = []
     with tempfile.TemporaryDirectory() as folder:
         cost, _ = cost_of(lambda: RUNNERS[name](Path(folder), batches(rows, curve)))
+    curve.append((rows, cost["mib"]))  # with what came after the last batch
     print(json.dumps({**cost, "curve": curve}))
 
 

@@ -22,7 +22,7 @@ def bars(path: Path, panels: Mapping[str, Mapping[str, float]], logarithmic: boo
         colors = [OURS if name.startswith("mlfuncs") else OTHERS for name in names]
         drawn = panel.barh(names, [values[name] for name in names], color=colors)
         panel.bar_label(drawn, [f" {_short(values[name])}" for name in names], fontsize=8)
-        panel.set_title(title, fontsize=9)
+        panel.set_title(f"{title} (log)" if logarithmic else title, fontsize=9)
         panel.set_xscale("log" if logarithmic else "linear")
         panel.margins(x=0.22)
         panel.tick_params(left=False, bottom=False, labelbottom=False)
