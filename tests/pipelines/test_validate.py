@@ -308,9 +308,8 @@ def test_what_the_compiler_writes_around_collected_values_is_valid(compiled: Cal
 
     @dsl.pipeline(name="gathered")
     def gathered(limit: int = 1):
-        with dsl.ParallelFor([1, 2, 3]) as item:
-            with dsl.If(item >= limit):
-                each = add(a=item)
+        with dsl.ParallelFor([1, 2, 3]) as item, dsl.If(item >= limit):
+            each = add(a=item)
         with dsl.If(limit == 1):
             total(xs=dsl.Collected(each.output))
 
