@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import signal
+import sys
 from pathlib import Path
 
 import pytest
 
+from mlfuncs.settings import Settings
 from mlfuncs.spec import Resources
-from mlfuncs_runtime.worker.limits import apply_limits, join_cgroup, own_cgroup_parent, pick_cores
+from mlfuncs_runtime.supervisor import processes
+from mlfuncs_runtime.supervisor.books import Books, Launch
+from mlfuncs_runtime.supervisor.places import make_places
+from mlfuncs_runtime.supervisor.workers import Workers
+from mlfuncs_runtime.supervisor.zygotes import Zygotes
+from mlfuncs_runtime.worker import limits
+from mlfuncs_runtime.worker.limits import apply_limits, close_cgroup, join_cgroup, own_cgroup_parent, pick_cores
 
 
 def cgroup(root: Path, controllers: str) -> Path:
@@ -60,3 +70,53 @@ def test_cores_wrap_around_and_never_exceed_what_there_is() -> None:
     assert pick_cores([4, 5], 8, "w") == [4, 5]
     assert all(len(pick_cores([0, 1, 2], 1.2, f"w{n}")) == 2 for n in range(10))
     assert len({tuple(pick_cores([0, 1, 2, 3], 1, f"w{n}")) for n in range(40)}) == 4
+
+
+def events(parent: Path, name: str, oom_kill: int) -> Path:
+    """A worker's cgroup as the kernel shows it."""
+    group = parent / name
+    group.mkdir()
+    (group / "memory.events").write_text(f"low 0\nhigh 0\nmax 12\noom {oom_kill}\noom_kill {oom_kill}\n")
+    return group
+
+
+def test_tells_a_cgroup_in_which_the_kernel_killed_for_memory(tmp_path: Path) -> None:
+    assert close_cgroup(events(tmp_path, "a", 1))
+    assert not close_cgroup(events(tmp_path, "b", 0))
+    assert not close_cgroup(tmp_path / "never-made")
+    empty = tmp_path / "c"
+    empty.mkdir()
+    assert not close_cgroup(empty)
+    assert not empty.exists()
+
+
+@pytest.mark.parametrize(("oom_kill", "reason"), [(1, "was killed for memory: it needs more"), (0, "is gone")])
+def test_the_supervisor_says_that_a_worker_was_killed_for_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, oom_kill: int, reason: str
+) -> None:
+    monkeypatch.setattr(limits, "cgroup_parent", lambda: tmp_path)
+
+    async def scenario() -> str:
+        changed = asyncio.Event()
+        books = Books(make_places(Settings(home=tmp_path / "h", project="p")), no_launch, changed.set)
+        command = [sys.executable, "-c", "import time; time.sleep(60)"]
+        process = processes.spawn(command, os.environ, tmp_path / "log", tmp_path)
+        events(tmp_path, f"mlfuncs-r0-{process.pid}", oom_kill)
+        seen = {"endpoint": "e", "revision": "rev-1", "id": "r0", "phase": "ready", "since_s": 0.0}
+        workers = Workers(books, Zygotes(books), no_drain)
+        workers.adopt({**seen, "socket": str(tmp_path / "s"), "process": process.to_dict()})
+        process.send(signal.SIGKILL)
+        async with asyncio.timeout(20):
+            await changed.wait()
+        process.close()
+        return books.failures["e", "rev-1"].reason
+
+    assert reason in asyncio.run(scenario())
+
+
+async def no_launch(_key: tuple[str, str]) -> Launch:
+    raise AssertionError("nothing is started here")
+
+
+async def no_drain(_replica: str, _timeout_s: float) -> None:
+    raise AssertionError("nothing is drained here")

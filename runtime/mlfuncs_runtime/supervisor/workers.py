@@ -20,13 +20,23 @@ from mlfuncs_runtime.supervisor.places import write_json
 from mlfuncs_runtime.supervisor.processes import ProcessHandle
 from mlfuncs_runtime.supervisor.reconcile import Key, Phase, ReplicaSeen
 from mlfuncs_runtime.supervisor.zygotes import Zygotes
+from mlfuncs_runtime.worker import limits
 
 log = logging.getLogger("mlfuncs.supervisor")
 
 HEALTH_TIMEOUT_S = 5.0
 HEALTH_MISSES = 3
 _ORPHAN_WAIT_S = 10.0  # a worker whose start was noted but not its process: time to show itself
+_OUT_OF_MEMORY = "was killed for memory: it needs more than resources.memory allows; raise it, or send less at once"
 _DRAIN_S = 3600.0  # the reconciler's own limit comes first
+
+
+def _describe_end(replica: str, pid: int, status: int | None) -> str:
+    """How a worker ended, for people; its cgroup, when it had one, is removed."""
+    parent = limits.cgroup_parent()
+    ran_out = parent is not None and limits.close_cgroup(parent / limits.cgroup_name(replica, pid))
+    is_killed = status in (None, -signal.SIGKILL)
+    return _OUT_OF_MEMORY if ran_out and is_killed else processes.describe_exit(status)
 
 
 class Workers:
@@ -101,13 +111,14 @@ class Workers:
         record.process.close()
         if status is None:
             status = await self._zygotes.exit_of(record.seen.key, record.process.pid)
+        end = _describe_end(record.seen.id, record.process.pid, status)
         if self._books.replicas.pop(record.seen.id, None) is None:
             return
         seen = record.seen
         if seen.phase in (Phase.STARTING, Phase.READY, Phase.PARKED):
             ready_for_s = 0.0 if seen.phase is Phase.STARTING else time.monotonic() - seen.since_s
             cause = load_error(record.socket)
-            reason = f"worker {record.process.pid} {processes.describe_exit(status)}{cause}"
+            reason = f"worker {record.process.pid} {end}{cause}"
             self._books.fail(seen.key, reason, ready_for_s, fatal=status == EXIT_LOAD_FAILED or bool(cause))
         for path in (record.socket, record.socket + ".error", str(self._books.places.configs / f"{seen.id}.json")):
             Path(path).unlink(missing_ok=True)

@@ -6,6 +6,7 @@ It counts private writable mappings, so a thread's stack counts with its full re
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -25,11 +26,21 @@ def apply_limits(resources: Resources, name: str) -> str:
     """Bind this process to `resources`; says how: "cgroup", "rlimit", or "" when nothing is limited."""
     if resources.memory_bytes is None and resources.cpu is None:
         return ""
-    parent = own_cgroup_parent(CGROUP_ROOT, Path("/proc/self/cgroup").read_text(encoding="ascii"))
-    if parent is not None and join_cgroup(parent, f"mlfuncs-{name}-{os.getpid()}", resources):
+    parent = cgroup_parent()
+    if parent is not None and join_cgroup(parent, cgroup_name(name, os.getpid()), resources):
         return "cgroup"
     _apply_rlimits(resources, name)
     return "rlimit"
+
+
+def cgroup_parent() -> Path | None:
+    """Where this process and those it starts may make cgroups, or None."""
+    return own_cgroup_parent(CGROUP_ROOT, Path("/proc/self/cgroup").read_text(encoding="ascii"))
+
+
+def cgroup_name(name: str, pid: int) -> str:
+    """The cgroup of the worker `name` in its parent."""
+    return f"mlfuncs-{name}-{pid}"
 
 
 def own_cgroup_parent(root: Path, proc_cgroup: str) -> Path | None:
@@ -64,6 +75,17 @@ def join_cgroup(parent: Path, name: str, resources: Resources) -> bool:
         log.warning("no cgroup for this worker (%s); using rlimits", exc)
         return False
     return True
+
+
+def close_cgroup(group: Path) -> bool:
+    """Remove the cgroup of a worker that has ended; whether the kernel had killed it for memory (cgroups(7))."""
+    try:
+        events = (group / "memory.events").read_text(encoding="ascii").split()
+    except OSError:
+        events = []  # there is no such group, or it has no bound on memory
+    with contextlib.suppress(OSError):
+        group.rmdir()
+    return int(dict(zip(events[::2], events[1::2], strict=True)).get("oom_kill", 0)) > 0
 
 
 def _apply_rlimits(resources: Resources, name: str) -> None:
