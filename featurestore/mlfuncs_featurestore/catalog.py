@@ -50,6 +50,8 @@ class Catalog:
         The plan is made of what was there a moment before: when another process records something in between, it is
         made anew. Raises Conflict when that process changed one of these very definitions to something else.
         """
+        if isinstance(definitions, str) or not isinstance(definitions, (Definition, Iterable)):
+            raise SpecError(f"apply takes entities, views and services, not {definitions!r}")
         given = [definitions] if isinstance(definitions, Definition) else list(definitions)
         wanted = self._with_code(_with_entities(given))
         for _ in range(_ATTEMPTS):
@@ -103,11 +105,11 @@ class Catalog:
 
     def all(self, kind: str) -> list[Definition]:
         """The definitions of `kind` ("entity", "view", "on_demand", "service"), by name."""
-        return [definition_from_dict(kind, row.body) for row in self._documents.list(_PREFIX + kind)]
+        return [definition_from_dict(kind, row.body) for row in self._documents.list(_document_kind(kind))]
 
     def version(self, kind: str, name: str) -> int:
         """The number of the newest version of a definition. Raises NotFound."""
-        return self._documents.get(_PREFIX + kind, name).version
+        return self._documents.get(_document_kind(kind), name).version
 
     def earlier_fields(self, view: str) -> list[dict[str, FeatureType]]:
         """The field lists that a view had before, newest first: what older online rows were packed with."""
@@ -117,7 +119,7 @@ class Catalog:
     def delete(self, kind: str, name: str) -> None:
         """Remove a definition; its tables stay. Raises NotFound, and Conflict while another definition uses it."""
         seen = self._documents.look(_KINDS)
-        self._documents.get(_PREFIX + kind, name)
+        self._get(kind, name, None)
         users = [one.name for one in self._dependents() if kind != "entity" and _uses(one, name)]
         if users and kind != "service":
             raise Conflict(f"{kind} {name!r} is used by {', '.join(users)}; delete or change those first")
@@ -217,7 +219,7 @@ class Catalog:
 
     def _get(self, kind: str, name: str, version: int | None) -> Any:
         try:
-            return definition_from_dict(kind, self._documents.get(_PREFIX + kind, name, version).body)
+            return definition_from_dict(kind, self._documents.get(_document_kind(kind), name, version).body)
         except NotFound as exc:
             spoken = _SPOKEN.get(kind, kind)
             if exc.name != name:  # there is one, but not in that version
@@ -227,6 +229,12 @@ class Catalog:
     def _versions(self, kind: str, name: str) -> list[Definition]:
         rows = self._documents.versions(_PREFIX + kind, name)
         return [definition_from_dict(kind, row.body) for row in rows if row.body is not None]
+
+
+def _document_kind(kind: str) -> str:
+    if _PREFIX + kind not in _KINDS:
+        raise SpecError(f"kind is one of {', '.join(one.removeprefix(_PREFIX) for one in _KINDS)}, not {kind!r}")
+    return _PREFIX + kind
 
 
 def _with_entities(given: list[Definition]) -> list[Definition]:

@@ -225,6 +225,16 @@ def list_features(text: str, tag: str, owner: str, json_wanted: bool) -> None:
 
 
 @features.command()
+@click.argument("name")
+@as_json
+def lineage(name: str, json_wanted: bool) -> None:
+    """What the view or service NAME comes from, and what uses it: services, functions, endpoints, runs, models."""
+    found = _store().catalog.lineage(name)
+    lines = [f"{side}: {', '.join(entries) or 'nothing'}" for side, entries in found.items()]
+    emit(found, json_wanted, "\n".join(lines))
+
+
+@features.command()
 @as_json
 def down(json_wanted: bool) -> None:
     """Stop this home's embedded Redis server; what it holds stays."""

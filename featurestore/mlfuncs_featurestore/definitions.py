@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -139,11 +139,10 @@ class FeatureView(_Definition):
     def __post_init__(self) -> None:
         check_identifier("view", self.name)
         put = object.__setattr__
-        entities = [self.entities] if isinstance(self.entities, Entity) else self.entities
-        put(self, "entities", tuple(entities))
-        put(self, "fields", {check_identifier("field", n): parse_type(t) for n, t in dict(self.fields).items()})
-        put(self, "aggregations", tuple(self.aggregations))
-        put(self, "expectations", tuple(self.expectations))
+        put(self, "entities", _several("entities", self.entities, Entity))
+        put(self, "fields", _types("field", self.fields))
+        put(self, "aggregations", _several("aggregations", self.aggregations, Aggregation))
+        put(self, "expectations", _several("expectations", self.expectations, Expectation))
         put(self, "deprecated", as_names("deprecated", self.deprecated))
         put(self, "tags", {str(key): str(value) for key, value in self.tags.items()})
         put(self, "ttl", None if self.ttl is None else format_duration(parse_duration(self.ttl, "ttl")))
@@ -217,8 +216,29 @@ class FeatureView(_Definition):
         )
 
 
+def _several(what: str, given: Any, kind: type) -> tuple[Any, ...]:
+    """One or several of `kind` as a tuple. Raises SpecError for anything else."""
+    found = (given,) if isinstance(given, kind) else given
+    if isinstance(found, (str, Mapping)) or not isinstance(found, Iterable):
+        raise SpecError(f"{what} must be a list of ml.{kind.__name__}, not {given!r}")
+    found = tuple(found)
+    for one in found:
+        if not isinstance(one, kind):
+            raise SpecError(f"{what} must be a list of ml.{kind.__name__}; {one!r} is none")
+    return found
+
+
+def _types(what: str, given: Any) -> dict[str, FeatureType]:
+    """Names and their types, from a mapping or the pairs of one."""
+    try:
+        pairs = dict(given)
+    except (TypeError, ValueError):
+        raise SpecError(f"{what}s must be a mapping like {{'amount': 'float64'}}, not {given!r}") from None
+    return {check_identifier(what, name): parse_type(kind) for name, kind in pairs.items()}
+
+
 def _check_view(view: FeatureView) -> None:
-    if not view.entities or not all(isinstance(entity, Entity) for entity in view.entities):
+    if not view.entities:
         raise SpecError(f"view {view.name!r} needs entities: write entities=[ml.Entity('user_id', 'int64')]")
     if not view.fields:
         raise SpecError(f"view {view.name!r} has no fields")
@@ -270,8 +290,8 @@ class OnDemandView(_Definition):
         check_identifier("on-demand view", self.name)
         put = object.__setattr__
         put(self, "sources", as_names("sources", self.sources))
-        put(self, "fields", {check_identifier("field", n): parse_type(t) for n, t in dict(self.fields).items()})
-        put(self, "request", {check_identifier("request", n): parse_type(t) for n, t in dict(self.request).items()})
+        put(self, "fields", _types("field", self.fields))
+        put(self, "request", _types("request", self.request))
         put(self, "tags", {str(key): str(value) for key, value in self.tags.items()})
         if not self.fields:
             raise SpecError(f"on-demand view {self.name!r} has no fields")
@@ -329,6 +349,8 @@ class FeatureService(_Definition):
     def __post_init__(self) -> None:
         check_identifier("service", self.name)
         references: list[str] = []
+        if isinstance(self.features, str) or not isinstance(self.features, (FeatureView, OnDemandView, Iterable)):
+            as_names("features", self.features)  # raises SpecError: a string is a sequence of letters
         for one in [self.features] if isinstance(self.features, (FeatureView, OnDemandView)) else self.features:
             references += [f"{one.name}:{name}" for name in one.features] if hasattr(one, "features") else [str(one)]
         object.__setattr__(self, "features", tuple(dict.fromkeys(as_names("features", references))))

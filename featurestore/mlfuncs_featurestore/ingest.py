@@ -24,7 +24,7 @@ from mlfuncs_featurestore import quality
 from mlfuncs_featurestore.definitions import FeatureView
 from mlfuncs_featurestore.offline import ABOUT, BUCKET, DELETED, INGEST, bucket_of, sort_order, stored_schema
 from mlfuncs_featurestore.profile import Profile
-from mlfuncs_featurestore.rows import to_us
+from mlfuncs_featurestore.rows import moment_us
 from mlfuncs_featurestore.tables import BATCH_ROWS, read_tables, say_once
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class IngestOptions:
     @property
     def now_us(self) -> int:
         """The clock in microseconds."""
-        return to_us(self.now) if self.now is not None else time.time_ns() // 1000
+        return moment_us("now", self.now) if self.now is not None else time.time_ns() // 1000
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class _Ingest:
                 prepare_table(self.uri, self.view)
             self._keep_aside(now_us)
             begun = True
-            version = self._commit()
+            version = self._commit() if self._has_something else self.store.offline.snapshot(self.view.name).version
         except BaseException:
             if not begun:
                 delta.delete_files(self.uri, self.adds)
@@ -156,6 +156,11 @@ class _Ingest:
             say_once(warning)
         aside = sum(one.num_rows for one in self.aside)
         return IngestReport(self.view.name, version, self.rows, aside, tuple(self.warnings), self.profile.to_dict())
+
+    @property
+    def _has_something(self) -> bool:
+        """Whether there is anything to commit; statistics of no rows would hide those of the last ones."""
+        return bool(self.adds or self.aside or self.options.transaction)
 
     def _batches(self, tables: Iterator[pa.Table], now_us: int) -> Iterator[pa.Table]:
         """Checked rows in batches of about `batch_rows`, so that many small tables do not become many small files."""

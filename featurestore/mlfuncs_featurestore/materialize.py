@@ -34,7 +34,7 @@ from mlfuncs_featurestore.online_plan import EVENTS, form_of
 from mlfuncs_featurestore.online_rows import entity_keys, whole_numbers
 from mlfuncs_featurestore.online_write import FUTURE_US
 from mlfuncs_featurestore.redis_keys import document_key
-from mlfuncs_featurestore.rows import to_us
+from mlfuncs_featurestore.rows import moment_us
 from mlfuncs_featurestore.stream_windows import SLACK_US, longest_window
 
 if TYPE_CHECKING:
@@ -97,13 +97,17 @@ class MaterializeOptions:
             parse_duration(self.window, "window")
             if self.start is not None or self.end is not None:
                 raise SpecError("give either window or start and end, not both")
-        if self.start is not None and self.end is not None and to_us(self.start) > to_us(self.end):
-            raise SpecError(f"start {self.start.isoformat()} is after end {self.end.isoformat()}; swap them")
+        if (
+            self.start is not None
+            and self.end is not None
+            and moment_us("start", self.start) > moment_us("end", self.end)
+        ):
+            raise SpecError(f"start {self.start} is after end {self.end}; swap them")
 
     @cached_property
     def now_us(self) -> int:
         """The clock in microseconds."""
-        return time.time_ns() // 1000 if self.now is None else to_us(self.now)
+        return time.time_ns() // 1000 if self.now is None else moment_us("now", self.now)
 
     @property
     def span(self) -> tuple[int, int] | None:
@@ -112,8 +116,8 @@ class MaterializeOptions:
             return self.now_us - parse_duration(self.window) + 1, LATEST_US
         if self.start is None and self.end is None:
             return None
-        low = -LATEST_US if self.start is None else to_us(self.start)
-        return low, LATEST_US if self.end is None else to_us(self.end)
+        low = -LATEST_US if self.start is None else moment_us("start", self.start)
+        return low, LATEST_US if self.end is None else moment_us("end", self.end)
 
 
 @dataclass

@@ -134,8 +134,9 @@ class OfflineStore:
             return Snapshot(view, self.uri(view), -1, ())
         return Snapshot(view, self.uri(view), table.version(), data_files(table))
 
-    def read(self, view: FeatureView, snapshot: Snapshot | None = None) -> Iterator[pa.Table]:
+    def read(self, view: FeatureView | str, snapshot: Snapshot | None = None) -> Iterator[pa.Table]:
         """All rows, a file at a time, with the view's columns and `__ingest` (and `__deleted`)."""
+        view = self._view(view)
         snapshot = self.snapshot(view.name) if snapshot is None else snapshot
         types = stored_schema(view)
         columns = [name for name in types.names if name != BUCKET]
@@ -178,12 +179,13 @@ class OfflineStore:
         rows = pa.table(table.to_pyarrow_table()).drop([BUCKET])
         return rows.filter(pc.is_in(rows["__ingest_id"], committed))
 
-    def compact(self, view: FeatureView, bucket_files: int = 2) -> int:
+    def compact(self, view: FeatureView | str, bucket_files: int = 2) -> int:
         """Merge the files of every bucket that has `bucket_files` or more; returns how many files were merged.
 
         Readers and writers go on meanwhile; each bucket is one commit. A bucket that another process rewrote first
         is left as that process left it.
         """
+        view = self._view(view)
         snapshot, merged = self.snapshot(view.name), 0
         for bucket in sorted({file.bucket for file in snapshot.files}):
             files = [one for one in snapshot.files if one.bucket == bucket and one.rows < COMPACT_ROWS]
@@ -201,6 +203,11 @@ class OfflineStore:
         if table is None:
             return []
         return table.vacuum(retention_hours, dry_run=dry_run, enforce_retention_duration=False, full=True)
+
+    def _view(self, view: FeatureView | str) -> FeatureView:
+        from mlfuncs_featurestore.catalog import Catalog
+
+        return Catalog(self.settings).view(view) if isinstance(view, str) else view
 
     def _merge(self, view: FeatureView, snapshot: Snapshot, bucket: int, files: list[DataFile]) -> int:
         from deltalake.transaction import AddAction

@@ -16,7 +16,7 @@ from mlfuncs_featurestore.definitions import FeatureService, FeatureView, OnDema
 from mlfuncs_featurestore.online_plan import OnlinePlan, ViewRead
 from mlfuncs_featurestore.online_result import OnlineFeatures
 from mlfuncs_featurestore.references import select
-from mlfuncs_featurestore.rows import to_us
+from mlfuncs_featurestore.rows import moment_us
 
 if TYPE_CHECKING:
     import datetime
@@ -50,7 +50,7 @@ def get_online_features(
     plan = online.plan(features, full_feature_names)
     columns = plan.columns(entities)
     keys = plan.keys(columns)
-    at_us = time.time_ns() // 1000 if now is None else to_us(now)
+    at_us = time.time_ns() // 1000 if now is None else moment_us("now", now)
     try:
         rows = online.rows.read(keys)
     except Unavailable:

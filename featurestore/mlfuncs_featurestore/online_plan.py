@@ -5,7 +5,7 @@ Owns: OnlinePlan and ViewRead, made from a `references.Selection`. Pure.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -150,7 +150,17 @@ class OnlinePlan:
             from mlfuncs_featurestore.tables import as_table
 
             columns = as_table(entities).to_pydict()
+        elif isinstance(entities, (str, bytes)) or not isinstance(entities, Iterable):
+            raise InvalidInput(
+                f"entities must be columns of keys, like {self._example}, or rows of them, not {entities!r}"
+            )
         else:
+            entities = list(entities)
+            odd = [row for row in entities if not isinstance(row, Mapping)]
+            if odd:
+                raise InvalidInput(
+                    f"entities: {odd[0]!r} is not a row of keys; give columns of them, like {self._example}"
+                )
             names = dict.fromkeys(name for row in entities for name in row)
             columns = {name: [row.get(name) for row in entities] for name in names}
         for name in (*self.key_names, *self.request):
@@ -169,6 +179,10 @@ class OnlinePlan:
             lengths = ", ".join(f"{name}: {len(column)}" for name, column in columns.items())
             raise InvalidInput(f"the columns of entities differ in length ({lengths})")
         return columns
+
+    @property
+    def _example(self) -> str:
+        return "{" + ", ".join(f"{name!r}: [...]" for name in self.key_names) + "}"
 
     def keys(self, columns: Mapping[str, Any]) -> list[bytes]:
         """The Redis keys to read: those of the first view, then the second's, ... Raises InvalidInput for a bad key."""

@@ -41,7 +41,7 @@ from mlfuncs_featurestore.ingest import prepare_table
 from mlfuncs_featurestore.offline import ABOUT, BUCKET, DELETED, bucket_of, sort_order, stored_schema
 from mlfuncs_featurestore.profile import Profile
 from mlfuncs_featurestore.pushlog import Push, PushLog
-from mlfuncs_featurestore.rows import to_us
+from mlfuncs_featurestore.rows import moment_us
 from mlfuncs_featurestore.tables import as_table, say_once
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def push(
         raise SpecError(f"view {view!r} has no event_id, so a delete cannot say which event it means")
     if push_id is not None and (not push_id or len(push_id) > 200 or not push_id.isprintable()):
         raise InvalidInput(f"push_id must be 1 to 200 printable characters, not {push_id!r}")
-    at_us = time.time_ns() // 1000 if now is None else to_us(now)
+    at_us = time.time_ns() // 1000 if now is None else moment_us("now", now)
     checked = check_rows(store, definition, rows, deleted=deleted, at_us=at_us, future=future)
     online = store.online
     online.rows.read([b"mlfuncs"])  # better now than between the two writes

@@ -253,6 +253,14 @@ def to_us(moment: Any) -> int:
     return moment.__index__()
 
 
+def moment_us(name: str, moment: Any) -> int:
+    """`to_us` of what a user gave as `name`. Raises InvalidInput."""
+    try:
+        return to_us(moment)
+    except TypeError:
+        raise InvalidInput(f"{name} must be a datetime, not {moment!r}") from None
+
+
 def _checked(kind: str, value: Any) -> Any:
     if kind == "bool":
         if not isinstance(value, bool) and type(value).__name__ not in ("bool_", "bool"):

@@ -51,7 +51,7 @@ def as_table(source: Any) -> pa.Table:
     """`source` as one Arrow table."""
     tables = list(read_tables(source))
     if not tables:
-        raise InvalidInput("the table has no batches, so its columns are not known")
+        raise InvalidInput("no rows were given, so not even the columns are known")
     return tables[0] if len(tables) == 1 else pa.concat_tables(tables, promote_options="default")
 
 
@@ -70,6 +70,11 @@ def _whole_table(source: Any) -> pa.Table | None:
     if hasattr(source, "__arrow_c_stream__"):
         return pa.table(source)
     if isinstance(source, Mapping):
+        for name, column in source.items():
+            if isinstance(column, (str, bytes)) or not isinstance(column, Iterable):
+                raise InvalidInput(
+                    f"column {name!r} must be a list of values, not {column!r}: write {{{name!r}: [...]}}"
+                )
         return _from_columns({str(name): list(column) for name, column in source.items()})
     if isinstance(source, Sequence) and source and all(isinstance(row, Mapping) for row in source):
         names = dict.fromkeys(name for row in source for name in row)
@@ -189,7 +194,7 @@ def cast_column(name: str, column: pa.ChunkedArray | pa.Array, kind: FeatureType
     target = kind.stored_arrow if stored else kind.arrow
     if array.type == target and kind.kind != "vector":
         return array
-    if pa.types.is_null(array.type):
+    if pa.types.is_null(array.type) or not len(array):
         return pa.nulls(len(array), target)
     if kind.kind == "timestamp":
         return to_utc(name, array)
@@ -205,6 +210,8 @@ def cast_column(name: str, column: pa.ChunkedArray | pa.Array, kind: FeatureType
 
 def to_utc(name: str, array: pa.Array) -> pa.Array:
     """Times as microseconds UTC: other zones converted, naive ones taken as UTC (said once), finer ones cut down."""
+    if not len(array):
+        return pa.array([], _UTC)
     if pa.types.is_date(array.type):
         return array.cast(pa.timestamp("us")).cast(_UTC)
     if not pa.types.is_timestamp(array.type):

@@ -16,7 +16,7 @@ import pyarrow as pa
 from mlfuncs_featurestore.definitions import FeatureView
 from mlfuncs_featurestore.offline import Snapshot
 from mlfuncs_featurestore.quality import oldest_scalar
-from mlfuncs_featurestore.rows import to_us
+from mlfuncs_featurestore.rows import moment_us
 
 if TYPE_CHECKING:
     import datetime
@@ -87,7 +87,7 @@ def verify(
     definition = store.catalog.view(view)
     names = list(features) or [name for name in definition.features if name not in definition.deprecated]
     references = [f"{view}:{name}" for name in names]
-    at_us = time.time_ns() // 1000 if now is None else to_us(now)
+    at_us = time.time_ns() // 1000 if now is None else moment_us("now", now)
     total = Comparison(0, 0, 0, ())
     for keys in distinct_entities(definition, store.offline.snapshot(view)):
         spine = keys.append_column("__at", pa.repeat(oldest_scalar(at_us), keys.num_rows))
