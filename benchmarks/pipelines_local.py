@@ -25,12 +25,13 @@ from typing import Any
 warnings.filterwarnings("ignore")
 os.environ.setdefault("MLFUNCS_HOME", tempfile.mkdtemp(prefix="bench-home-"))
 
-from benchmarks_pipeline_components import kfp_add  # noqa: E402
+from benchmarks_pipeline_components import kfp_add, kfp_consume, kfp_table  # noqa: E402
 from kfp import compiler, dsl, local  # noqa: E402
 
 import mlfuncs as ml  # noqa: E402
 from mlfuncs.settings import read_settings  # noqa: E402
 from mlfuncs_pipelines.engine import Options  # noqa: E402
+from mlfuncs_pipelines.run_log import PipelineRun  # noqa: E402
 from mlfuncs_pipelines.runner import run_pipeline  # noqa: E402
 from mlfuncs_pipelines.validate import load_pipeline  # noqa: E402
 
@@ -47,7 +48,7 @@ def table(mib: int) -> Any:
 
     rows = mib * 2**20 // 80
     rng = np.random.default_rng(0)
-    return pa.table({f"c{i}": rng.normal(size=rows) for i in range(10)})
+    return pa.table({f"c{i}": rng.random(size=rows) for i in range(10)})
 
 
 @ml.function
@@ -82,15 +83,20 @@ def loop(component: Callable[..., Any], steps: int, ours: bool) -> Any:
 
 def ours(pipeline: Any, cache: bool = False) -> float:
     """Seconds for one run on the local engine, from the compiled file's values to the finished run."""
+    return run_of(pipeline, cache)[0]
+
+
+def run_of(pipeline: Any, cache: bool = False) -> tuple[float, float, PipelineRun]:
+    """Seconds, CPU seconds of the engine, and the run."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "p.yaml"
         compiler.Compiler().compile(pipeline, str(path))
         loaded = load_pipeline(path)
-        began = time.perf_counter()
+        began, began_cpu = time.perf_counter(), time.process_time()
         done = run_pipeline(loaded, {}, read_settings(), Options(cache=cache))
-        spent = time.perf_counter() - began
+        spent, cpu = time.perf_counter() - began, time.process_time() - began_cpu
         assert done.status == "succeeded", done.error
-    return spent
+    return spent, cpu, done
 
 
 def theirs(pipeline: Any) -> float:
@@ -111,15 +117,33 @@ def measure(rounds: int, cases: dict[str, tuple[Callable[[], float], int]]) -> d
     return {name: round(statistics.median(values), 2) for name, values in found.items()}
 
 
-def large_table(mib: int) -> dict[str, float]:
+def cpu_per_step(steps: int) -> dict[str, float]:
+    """CPU milliseconds per step of a chain: of the engine, of the step's process, and the peak MiB of that one."""
+    _, engine, done = run_of(chain(add, steps, True))
+    records = [step for step in done.steps.values() if not step.is_group]
+    return {
+        "engine_ms": round(engine / steps * 1000, 2),
+        "step_ms": round(statistics.median(step.cpu_s for step in records) * 1000, 2),
+        "step_peak_mib": max(step.max_rss_mib for step in records),
+    }
+
+
+def large_table(mib: int) -> dict[str, Any]:
+    """A table handed from one step to the next: seconds for both steps, CPU and peak MiB of each of ours."""
+
     def body():
         consume(table(mib).output)
 
-    run = dsl.pipeline(name="table")(body)
-    ours(run)
-    spent = ours(run)
+    def their_body():
+        kfp_consume(data=kfp_table(mib=mib).outputs["out"])
+
+    run_of(dsl.pipeline(name="table")(body))
+    spent, _, done = run_of(dsl.pipeline(name="table")(body))
+    theirs_s = theirs(dsl.pipeline(name="their-table")(their_body))
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-    return {"table_mib": mib, "seconds": round(spent, 2), "peak_child_mib": round(children, 0)}
+    steps = {step.id: {"cpu_s": step.cpu_s, "peak_mib": step.max_rss_mib} for step in done.steps.values()}
+    kfp_local = {"seconds": round(theirs_s, 2), "peak_mib": round(children, 0)}
+    return {"mib": mib, "seconds": round(spent, 2), "steps": steps, "kfp.local": kfp_local}
 
 
 def compile_ms(steps: int) -> float:
@@ -145,12 +169,15 @@ def main() -> None:
         "ParallelFor, decorated": (lambda: ours(loop(add, given.fan, True)), given.fan),
         "ParallelFor, kfp lightweight": (lambda: ours(loop(kfp_add, given.fan, False)), given.fan),
         "kfp.local chain": (lambda: theirs(chain(kfp_add, few, False)), few),
+        "kfp.local independent": (lambda: theirs(fan(kfp_add, few, False)), few),
         "kfp.local ParallelFor": (lambda: theirs(loop(kfp_add, few, False)), few),
     }
     result: dict[str, Any] = {"ms_per_step": measure(given.rounds, cases)}
+    result["cpu_per_step"] = cpu_per_step(given.chain)
     ours(chain(add, given.chain, True), cache=True)
     result["ms_per_cache_hit"] = round(ours(chain(add, given.chain, True), cache=True) / given.chain * 1000, 2)
     result["compile_200_steps_ms"] = compile_ms(200)
+    result["engine_peak_mib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
     result["table"] = large_table(given.table_mib)
     print(json.dumps(result, indent=1))
 
