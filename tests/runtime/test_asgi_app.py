@@ -137,6 +137,31 @@ def test_what_the_function_raises_is_a_500_without_its_text() -> None:
     assert answer.json["request_id"] == answer.headers["x-request-id"]
 
 
+@pytest.mark.parametrize("batch", [None, Batch(max_size=8)])
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, asyncio.CancelledError])
+def test_what_is_no_exception_is_a_500_like_any_other_and_ends_nothing(
+    error: type[BaseException], asynchronous: bool, batch: Batch | None
+) -> None:
+    def fail(rows: list[float]) -> list[float]:
+        if rows[0] < 0:
+            raise error("the secret inside")
+        return rows
+
+    async def fail_later(rows: list[float]) -> list[float]:
+        await asyncio.sleep(0)
+        return fail(rows)
+
+    async def scenario() -> list[Answer]:
+        app = make_app(fail_later if asynchronous else fail, AppOptions(batch=batch))
+        bodies = [json.dumps({"rows": [x]}).encode() for x in (-1.0, 1.0, -1.0, 2.0)]
+        return [*await asyncio.gather(*(send(app, body) for body in bodies)), await send(app, bodies[1])]
+
+    answers = asyncio.run(scenario())
+    assert [answer.status for answer in answers] == [500, 200, 500, 200, 200]
+    assert answers[0].json["title"] == "HandlerFailed" and b"secret" not in answers[0].body
+
+
 def test_a_result_of_another_type_is_the_functions_fault() -> None:
     def lie(x: int) -> int:
         return "text"  # type: ignore[return-value]

@@ -138,6 +138,24 @@ def test_serves_a_bundle_until_sigterm_and_ends_within_a_second_when_idle(start:
     assert not os.path.exists(worker.config.socket)
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_fork_that_comes_back_from_the_function_ends_and_does_not_serve(start: Any, asynchronous: bool) -> None:
+    def split() -> int:
+        import os
+
+        return os.fork()
+
+    async def split_later() -> int:
+        return split()
+
+    worker = start(split_later if asynchronous else split).wait_ready()
+    status, _, body = worker.request("POST", "/", {})
+    child = int(body)
+    assert status == 200 and child > 0  # the answer is the parent's
+    wait_for(lambda: Path(f"/proc/{child}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z")
+    assert worker.request("POST", "/", {})[0] == 200
+
+
 def test_finishes_a_request_in_flight_after_sigterm_and_closes_its_connection(start: Any, tmp_path: Path) -> None:
     def slow(mark: str) -> str:
         import pathlib

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlfuncs.errors import NotFound, Unavailable
 from mlfuncs_runtime.worker.exchange import JSON, Exchange, Receive, Scope, Send
-from mlfuncs_runtime.worker.failures import ChosenStatus, internal_failure
+from mlfuncs_runtime.worker.failures import ChosenStatus, handler_failure, internal_failure
 from mlfuncs_runtime.worker.handlers import Handler, ItemSignature, make_handler
 from mlfuncs_runtime.worker.invocation import AppOptions, Invocation
 from mlfuncs_runtime.worker.metrics import CONTENT_TYPE as METRICS_TYPE
@@ -90,13 +90,10 @@ class WorkerApp:
                 await self._post(exchange)
             else:
                 await self._route(exchange)
-        except asyncio.CancelledError:
-            if exchange.status or not self.draining:
-                raise
-            exchange.close = True
-            await exchange.fail(Unavailable("the worker ended before the function answered; try again"))
         except Exception as exc:  # noqa: BLE001 - the server's loop; what is not expected is logged
             await self._fail(exchange, exc)
+        except BaseException as exc:  # noqa: BLE001 - sys.exit() and its like in the user's code, or the server's end
+            await self._break_off(exchange, exc)
         finally:
             self.in_flight -= 1
             self.metrics.observe(exchange.status, time.perf_counter() - started)
@@ -134,6 +131,18 @@ class WorkerApp:
             await exchange.refuse(exc.status, "HandlerFailed", exc.detail)
         else:
             await exchange.fail(internal_failure(exc))
+
+    async def _break_off(self, exchange: Exchange, exc: BaseException) -> None:
+        """Answer although the call was cancelled, or its code raised what is no Exception."""
+        task = asyncio.current_task()
+        cancelled = isinstance(exc, asyncio.CancelledError) and task is not None and task.cancelling()
+        if isinstance(exc, GeneratorExit) or (cancelled and (exchange.status or not self.draining)):
+            raise exc
+        if not cancelled:
+            await self._fail(exchange, handler_failure(exc))
+            return
+        exchange.close = True
+        await exchange.fail(Unavailable("the worker ended before the function answered; try again"))
 
     async def _route(self, exchange: Exchange) -> None:
         found = self._routes.get(exchange.path)

@@ -110,7 +110,7 @@ class BatchedCalls:
     async def _run(self, batch: Sequence[_Entry]) -> None:
         try:
             parts = await self._call_rows(batch)
-        except Exception as exc:  # noqa: BLE001 - each request is answered with its own error
+        except BaseException as exc:  # noqa: BLE001 - each request is answered with its own error, sys.exit() included
             if len(batch) == 1:
                 _fail(batch[0], exc)
                 return
@@ -161,6 +161,6 @@ def _expire(entry: _Entry) -> None:
         entry.future.set_exception(too_late())
 
 
-def _fail(entry: _Entry, exc: Exception) -> None:
+def _fail(entry: _Entry, exc: BaseException) -> None:
     if not entry.future.done():
         entry.future.set_exception(exc)

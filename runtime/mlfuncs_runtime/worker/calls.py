@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import os
 import threading
 import time
 from asyncio import events
@@ -40,6 +41,25 @@ class Calls(Protocol):
 def too_late() -> DeadlineExceeded:
     """The error for a call that did not end before its deadline."""
     return DeadlineExceeded("the function did not answer within its timeout; raise timeout_s or send less at once")
+
+
+_forked = False
+
+
+def _note_fork() -> None:
+    global _forked
+    _forked = True
+
+
+def forbid_forks() -> None:
+    """From now on a fork of this process that comes back from the user's code ends there: it must not serve too."""
+    os.register_at_fork(after_in_child=_note_fork)
+
+
+def end_fork() -> None:
+    """End this process when it is a fork that came back from the user's code."""
+    if _forked:
+        os._exit(0)
 
 
 class AsyncCalls:
@@ -258,6 +278,7 @@ class ThreadCalls:
                 result = job.context.run(job.call)
             except BaseException as exc:  # noqa: BLE001 - whatever the user's code raises becomes an answer
                 error = exc
+            end_fork()
             self._placement.observe(time.perf_counter() - started)
         self._finished.append((job, result, error))
         if not self._delivery_due:

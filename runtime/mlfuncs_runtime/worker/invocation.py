@@ -17,7 +17,7 @@ from mlfuncs_runtime.worker.arrow_io import ARROW, read_values
 from mlfuncs_runtime.worker.arrow_io import dump as dump_arrow
 from mlfuncs_runtime.worker.batched import BatchedCalls
 from mlfuncs_runtime.worker.batching import row_plan
-from mlfuncs_runtime.worker.calls import AsyncCalls, ThreadCalls
+from mlfuncs_runtime.worker.calls import AsyncCalls, ThreadCalls, end_fork
 from mlfuncs_runtime.worker.exchange import JSON, Exchange
 from mlfuncs_runtime.worker.failures import bad_result, handler_failure
 from mlfuncs_runtime.worker.handlers import Handler, ItemSignature
@@ -76,6 +76,8 @@ class Invocation:
             return await calls.run(partial(self._call, **values), exchange)
         except Exception as exc:
             raise handler_failure(exc) from exc
+        finally:
+            end_fork()
 
     async def guarded(self, running: Awaitable[Any]) -> Any:
         """What `running` gives. Raises what the caller is to be told."""
@@ -83,6 +85,8 @@ class Invocation:
             return await running
         except Exception as exc:
             raise handler_failure(exc) from exc
+        finally:
+            end_fork()
 
     async def post(self, exchange: Exchange) -> None:
         """Answer a typed request. Written flat: each awaited helper would cost a microsecond on every request."""

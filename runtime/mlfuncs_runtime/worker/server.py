@@ -16,7 +16,7 @@ import uvloop
 
 from mlfuncs.errors import StorageError
 from mlfuncs_runtime.worker.asgi import WorkerApp
-from mlfuncs_runtime.worker.calls import ThreadCalls
+from mlfuncs_runtime.worker.calls import ThreadCalls, forbid_forks
 from mlfuncs_runtime.worker.guard import Guard
 
 BACKLOG = 1024
@@ -106,6 +106,7 @@ class Service:
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT, then finish what is in flight within `drain_s` and return."""
+        forbid_forks()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         self.app.on_stuck = self._on_stuck
