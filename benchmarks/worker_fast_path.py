@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import socket
 import statistics
@@ -24,9 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+from peers import peer_python
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mlfuncs-benchmarks"
-INSTALL_S = 600
 FLOATS = [round(0.1 * i, 1) for i in range(1, 21)]
 PLAIN = json.dumps({"x": FLOATS})
 V2 = json.dumps({"inputs": [{"name": "x", "shape": [20], "datatype": "FP64", "data": FLOATS}]})
@@ -177,23 +175,10 @@ def python_of(server: Server) -> str:
     """The interpreter that has the server's packages; raises RuntimeError, with the reason, when there is none."""
     if not server.packages:
         return sys.executable
-    folder = CACHE / "-".join(server.packages)
-    python = folder / "bin" / "python"
-    if (folder / "installed").exists():
-        return str(python)
-    uv = [sys.executable, "-m", "uv"]
-    try:
-        for command in (
-            [*uv, "venv", "-q", "--clear", "--python", sys.executable, str(folder)],
-            [*uv, "pip", "install", "-q", "--python", str(python), *server.packages],
-        ):
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=INSTALL_S)
-    except subprocess.CalledProcessError as exc:
-        raise RuntimeError(f"cannot be installed: {exc.stderr.strip().splitlines()[-1:]}") from exc
-    except subprocess.TimeoutExpired as exc:
-        raise RuntimeError(f"was not installed within {INSTALL_S} s") from exc
-    (folder / "installed").touch()
-    return str(python)
+    python = peer_python("-".join(server.packages), list(server.packages))
+    if python is None:
+        raise RuntimeError("cannot be installed")
+    return python
 
 
 class Running:
