@@ -1,18 +1,12 @@
 """Runs as Kubernetes Jobs: the real client, an API server of the tests' own, and the container's command as it is."""
 
-import importlib.util
 import json
-import os
-import shutil
 import subprocess
 import sys
 import textwrap
 import time
-from pathlib import Path
 
-import kubernetes_validate
 import pytest
-import yaml
 from kubernetes import client
 
 import mlfuncs as ml
@@ -20,24 +14,11 @@ from mlfuncs.cli import main
 from mlfuncs.errors import DeadlineExceeded, RunFailed, SpecError
 from mlfuncs.loading import load_target
 from mlfuncs.runs import elsewhere
-from mlfuncs.settings import Settings
-from mlfuncs.spec import FunctionSpec
 from mlfuncs_runtime.images.builder import MemoryBuilder
 from mlfuncs_runtime.kubernetes.cluster import Cluster
 from mlfuncs_runtime.kubernetes.runs import KubernetesRuns
-from mlfuncs_runtime.manifests.jobs import RunJob, render_order, render_run_job
+from tests.runtime import fake_kubernetes, local_jobs
 
-HERE = Path(__file__).parent
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-fake_kubernetes, local_jobs = load("fake_kubernetes"), load("local_jobs")
 SOURCE = """
     import os
     import sys
@@ -46,6 +27,9 @@ SOURCE = """
     from typing import Any, NamedTuple
     import numpy as np
     import mlfuncs as ml
+
+    class NotFound(Exception):
+        pass
 
     class Trained(NamedTuple):
         model: Any
@@ -87,7 +71,7 @@ SOURCE = """
         path.write_text(str(tries + 1))
         print("try", tries + 1)
         if tries < 2:
-            raise ConnectionError("no luck")
+            raise NotFound("no luck")  # named as one of ours after which nothing is tried again
         return "at last"
 
     @ml.function(requirements=[])
@@ -205,7 +189,7 @@ def test_artifacts_go_through_a_shared_store_when_there_is_one(jobs, function, a
 def test_attempts_are_the_jobs_and_each_leaves_its_log(jobs, function, tmp_path):
     run = function("flaky").run(target="kubernetes", flag=str(tmp_path / "flag"))
     assert run.output == "at last" and run.row.attempt == 3
-    again = "attempt {} failed (ConnectionError: no luck); trying again\n"
+    again = "attempt {} failed (NotFound: no luck); trying again\n"
     assert run.logs == f"try 1\n{again.format(1)}try 2\n{again.format(2)}try 3\n"
 
 
@@ -286,6 +270,21 @@ def test_a_secret_is_referred_to_and_masked_where_only_the_cluster_knows_it(jobs
     (job,) = [value for key, value in api.objects.items() if "/jobs/" in key]
     (secrets,) = [v["secret"] for v in job["spec"]["template"]["spec"]["volumes"] if v["name"] == "secrets"]
     assert secrets["secretName"] == "tell-secrets"
+
+
+def test_what_no_attempt_can_mend_is_not_tried_again(jobs, function, api, tmp_path):
+    mounted = jobs.mounted
+
+    def tampered(job):
+        archive = mounted(job) / "bundle.zip"
+        archive.write_bytes(archive.read_bytes()[:-1] + b"x")
+        return archive.parent
+
+    jobs.mounted = tampered
+    with pytest.raises(RunFailed, match="UntrustedError"):
+        function("flaky").run(target="kubernetes", flag=str(tmp_path / "flag"))
+    (run,) = ml.list_runs()
+    assert run.row.attempt == 1 and not (tmp_path / "flag").exists()
 
 
 def test_a_process_that_dies_is_tried_again_and_named(jobs, function):
@@ -418,71 +417,9 @@ def test_a_pod_killed_for_memory_is_named(opened, function, api):
         ml.run(function("about"), {"target": "x"}, target="kubernetes")
 
 
-# --- the manifests
-
-
-EVERYTHING = FunctionSpec(
-    name="churn",
-    resources=ml.Resources(cpu=2, memory="4Gi", gpu=1),
-    retries=3,
-    env={"THRESHOLD": "0.5"},
-    secrets=("DB_PASSWORD",),
-    labels={"team": "growth"},
-    pod=ml.Pod(
-        node_selector={"pool": "gpu"},
-        tolerations=({"key": "nvidia.com/gpu", "operator": "Exists"},),
-        volumes={"/data": {"persistentVolumeClaim": {"claimName": "data"}}},
-        image_pull_secrets=("registry",),
-    ),
-)
-
-
-def job_of(spec, timeout_s=None, **files):
-    run = "0123456789abcdef0123"
-    name = elsewhere.Job(run, spec.name, "ml").name
-    environ = {"MLFUNCS_PROJECT": "shop", "MLFUNCS_TRUSTED_KEYS": "ed25519:a2V5"}
-    return RunJob(name, spec.name, "shop", run, "ml", "i:1", spec, timeout_s, {"run": run}, files, environ)
-
-
-@pytest.mark.parametrize("name", ["plain", "everything"])
-def test_job_manifests_are_as_the_golden_files_say_and_valid(name):
-    job = job_of(FunctionSpec(name="churn")) if name == "plain" else job_of(EVERYTHING, 90.5, **{"bundle.zip": b"zip"})
-    documents = [render_run_job(job, suspended=True), render_order(job, "1234")]
-    for document in documents:
-        kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
-    rendered = yaml.safe_dump_all(documents, sort_keys=False)
-    path = HERE / "golden" / "manifests" / f"job-{name}.yaml"
-    if os.environ.get("UPDATE_GOLDEN"):
-        path.write_text(rendered)
-    assert rendered == path.read_text()
-
-
-def test_a_runs_pods_are_restricted_and_no_endpoints():
-    (job,) = [render_run_job(job_of(EVERYTHING))]
-    pod = job["spec"]["template"]
-    context = pod["spec"]["containers"][0]["securityContext"]
-    assert context["runAsNonRoot"] and context["readOnlyRootFilesystem"] and not context["allowPrivilegeEscalation"]
-    assert pod["spec"]["automountServiceAccountToken"] is False
-    assert pod["metadata"]["labels"]["app.kubernetes.io/name"] != "churn"
-
-
-def test_an_order_too_large_for_its_object_says_where_to_put_it():
-    with pytest.raises(SpecError, match="MLFUNCS_ARTIFACTS_URL"):
-        render_order(job_of(FunctionSpec(name="f"), **{"bundle.zip": b"x" * 1_000_001}), "1")
-
-
-def test_names_of_jobs_fit_into_a_label():
-    assert len(elsewhere.Job("0" * 20, "a" * 63, "ml").name) == 63
-
-
 @pytest.mark.slow
-def test_the_pod_is_the_image_and_what_the_manifest_says(opened, function, api, tmp_path, monkeypatch, require):
-    require("root (to start a Docker Engine)", os.geteuid() == 0 or shutil.which("docker"))
-    done = subprocess.run([HERE.parents[1] / "scripts" / "docker-engine"], capture_output=True, text=True, check=False)
-    require(f"a Docker Engine ({done.stderr[-500:]})", done.returncode == 0)
-    from mlfuncs_runtime.images.docker_builder import DockerBuilder
-
-    monkeypatch.setenv("MLFUNCS_BASE_IMAGE", DockerBuilder(Settings(tmp_path / "home", "test")).base(print).name)
+def test_the_pod_is_the_image_and_what_the_manifest_says(opened, function, api, tmp_path, monkeypatch, docker_base):
+    monkeypatch.setenv("MLFUNCS_BASE_IMAGE", docker_base)
     jobs = local_jobs.DockerJobs(api, tmp_path)
     try:
         run = function("light").run(target="kubernetes", depth=3)

@@ -38,7 +38,7 @@ class Dashboard:
 
     def __init__(self):
         self.projects, self.functions, self.gateways, self.refuse, self.polls = {}, {}, {}, 0, []
-        self.states, dashboard = ["building", "ready"], self
+        self.states, self.taken, dashboard = ["building", "ready"], False, self
 
         class Handler(BaseHTTPRequestHandler):
             def answer(self):
@@ -100,7 +100,8 @@ class Dashboard:
         assert body["spec"]["name"] == body["metadata"]["name"] and body["metadata"]["namespace"]
         upstreams = [upstream["nucliofunction"]["name"] for upstream in body["spec"]["upstreams"]]
         assert set(upstreams) <= set(self.functions)
-        self.gateways[body["metadata"]["name"]] = body
+        state = {"state": "error", "last_error": "ingress host is taken"} if self.taken else {"state": "ready"}
+        self.gateways[body["metadata"]["name"]] = {**body, "status": state}
         return 200, body
 
     def shares(self, name):
@@ -230,6 +231,13 @@ def test_behind_a_gateway_a_failed_build_touches_nothing_that_serves(dashboard, 
     with pytest.raises(DeployFailed, match=r"pip could not find it; rev-1 still serves"):
         double.deploy(target="nuclio", timeout_s=30)
     assert dashboard.shares("double") == {"double-rev-1": None} and list(dashboard.functions) == ["double-rev-1"]
+
+
+def test_a_gateway_that_cannot_route_is_named(dashboard, monkeypatch):
+    monkeypatch.setenv("MLFUNCS_NUCLIO_GATEWAY", "fn.example.com")
+    dashboard.taken = True
+    with pytest.raises(DeployFailed, match="API gateway fails: ingress host is taken"):
+        double.deploy(target="nuclio")
 
 
 def test_after_a_failed_build_the_only_function_is_what_it_was(dashboard):

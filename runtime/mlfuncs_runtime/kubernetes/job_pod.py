@@ -53,7 +53,8 @@ def run_order(directory: str) -> int:
         return 0
     if final["status"] == "cancelled":
         return STOPPED
-    return HOPELESS if final["error"]["type"] in _HOPELESS_ERRORS else FAILED
+    before_it_began = "started_at" not in final  # else the function itself raised something of that name
+    return HOPELESS if before_it_began and final["error"]["type"] in _HOPELESS_ERRORS else FAILED
 
 
 def unpack_order(order: Mapping[str, Any], folder: Path, settings: Settings) -> None:

@@ -59,6 +59,13 @@ class Dashboard:
         answer = self._request("PUT" if known else "POST", f"/{name}" if known else "", body, project)
         self._check(answer, name)
 
+    def gateway_state(self, name: str) -> tuple[str, str]:
+        """The API gateway's state ("ready", "error", "waitingForProvisioning", ...) and what went wrong."""
+        answer = self._request("GET", f"/{name}")
+        self._check(answer, name)
+        status = answer.json().get("status") or {}
+        return str(status.get("state") or ""), str(status.get("last_error") or "")
+
     def delete_gateway(self, name: str) -> None:
         """Delete an API gateway; one that is gone is fine."""
         if self._request("GET", f"/{name}").ok:

@@ -69,6 +69,8 @@ class NuclioTarget:
                 serving = ", ".join(row.desired.get("traffic") or {})
                 raise DeployFailed(f"endpoint {row.name!r}: {reason}" + (f"; {serving} still serves" * bool(serving)))
         self._end(row, rollout, "")
+        if self._domain:
+            self._until_routed(row.name, deadline, report)
 
     def url(self, row: EndpointRow) -> str:
         """The gateway's address, else the function's external one, else the one inside the cluster."""
@@ -143,6 +145,19 @@ class NuclioTarget:
             report(f"Nuclio: {said[-1] if said else state}")
             time.sleep(self.poll_s)
         return f"not ready after {timeout_s:g} s (Nuclio calls {name!r} {state!r})"
+
+    def _until_routed(self, name: str, deadline: float, report: Report) -> None:
+        """Return when the gateway routes. Raises DeployFailed when it cannot, or takes too long."""
+        state = ""
+        while time.monotonic() < deadline:
+            state, error = self._dashboard.gateway_state(name)
+            if state == "ready":
+                return
+            if state == "error":
+                raise DeployFailed(f"endpoint {name!r}: the functions are ready, and their API gateway fails: {error}")
+            report(f"Nuclio: API gateway {state}")
+            time.sleep(self.poll_s)
+        raise DeployFailed(f"endpoint {name!r}: the functions are ready, and their API gateway is not ({state!r})")
 
     def _deploy(self, row: EndpointRow, revision: str) -> None:
         name = self._name(row, revision)
