@@ -59,11 +59,11 @@ def cpu_ms(python: str, code: str) -> float:
 def measure_imports(rounds: int) -> dict[str, float]:
     """Milliseconds over a bare Python, the median; the first round, which may write bytecode, does not count."""
     programs = {"bare": (sys.executable, "pass"), OURS: (sys.executable, IMPORT)}
-    peers = {"feast": (FEAST, "import feast"), "storey": (STOREY, "import storey")}
-    for name, (packages, code) in peers.items():
-        python = peer_python(name, packages)
+    peers = {"feast": ("feast-stores", FEAST), "storey": ("storey", STOREY)}
+    for name, (environment, packages) in peers.items():
+        python = peer_python(environment, packages)
         if python is not None:
-            programs[name] = (python, code)
+            programs[name] = (python, f"import {name}")
     spent: dict[str, list[float]] = {name: [] for name in programs}
     for number in range(rounds + 1):
         say(f"  imports: round {number} of {rounds}")

@@ -199,7 +199,7 @@ def main() -> None:
         say("  making the tables")
         run(child_command(__file__, "data", folder, json.dumps(sizes)))
         costs = in_turns({one: child_command(__file__, one, folder) for one in CONTENDERS}, options.rounds)
-        python = peer_python("feast", FEAST) if options.feast else None
+        python = peer_python("feast-stores", FEAST) if options.feast else None
         if python is not None:
             costs |= in_turns({"feast": child_command(__file__, "feast", folder, python=python)}, 1, FEAST_S)
     agree(costs, exact=("rows", "found", "checksum"))

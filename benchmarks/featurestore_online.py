@@ -284,7 +284,7 @@ def compare_materialize(port: int, options: argparse.Namespace, results: Figures
     """Rows a CPU second and peak memory of a `materialize`; Feast's reads are added to `results`."""
     say("  materialize: mlfuncs")
     costs = {OURS: run(child_command(__file__, OURS, port, MATERIALIZE_ROWS))}
-    python = None if options.no_feast else peer_python("feast", FEAST)
+    python = None if options.no_feast else peer_python("feast-stores", FEAST)
     if python is not None:
         say("  materialize and reads: feast")
         try:
