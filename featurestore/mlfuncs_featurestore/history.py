@@ -30,6 +30,7 @@ from mlfuncs_featurestore.asof import (
     join_bucket,
 )
 from mlfuncs_featurestore.definitions import FeatureView
+from mlfuncs_featurestore.handed_in import read_handed_in
 from mlfuncs_featurestore.kernels import compiling
 from mlfuncs_featurestore.lineage import note_versions
 from mlfuncs_featurestore.offline import Snapshot
@@ -53,8 +54,9 @@ class HistoryOptions:
 
     `full_feature_names`: name every column view__feature. `status`: add a column <name>__status beside each feature
     (PRESENT, NULL, NOT_FOUND, EXPIRED). `use_created`: a value counts from its created time on. `timestamp`: the
-    spine's time column. `versions`: the table version to read, by view (default: the newest). `engine`: "local"
-    threads or "dask" (the active cluster, else its own threads). `workers`: local threads (default: one a core).
+    spine's time column. `versions`: the table version to read, by view (default: the newest). `tables`: a table to
+    read instead of what was ingested, by view (`handed_in`). `engine`: "local" threads or "dask" (the active cluster,
+    else its own threads). `workers`: local threads (default: one a core).
     """
 
     full_feature_names: bool = False
@@ -62,6 +64,7 @@ class HistoryOptions:
     use_created: bool = True
     timestamp: str | None = None
     versions: Mapping[str, int] = field(default_factory=dict)
+    tables: Mapping[str, Any] = field(default_factory=dict)
     engine: str = "local"
     workers: int = 0
 
@@ -134,8 +137,11 @@ def get_historical_features(
     for view, feature in selection.wanted:
         if view in selection.views and feature in selection.views[view].deprecated:
             say_once(f"feature '{view}:{feature}' is deprecated")
-    result = join(store, spine, selection, HistoryOptions(**options))
-    note_versions({name: snapshot.version for name, snapshot in result.snapshots.items()})
+    chosen = HistoryOptions(**options)
+    with read_handed_in(store, selection, chosen.tables) as given:
+        result = join(store, spine, selection, chosen, given)
+    stored = {name: snapshot for name, snapshot in result.snapshots.items() if name not in given}
+    note_versions({name: snapshot.version for name, snapshot in stored.items()})
     return result
 
 
@@ -144,12 +150,13 @@ def join(
     spine: Any,
     selection: Selection,
     options: HistoryOptions,
-    empty: Sequence[str] = (),
+    given: Mapping[str, Snapshot] | None = None,
     arrived_us: int | None = None,
 ) -> HistoricalFeatures:
-    """The join of a resolved selection; views in `empty` had no table then.
+    """The join of a resolved selection.
 
-    `arrived_us`: rows that were ingested or pushed after that moment do not count.
+    `given`: snapshots to read, by view; else those of the options' versions. `arrived_us`: rows that were ingested or
+    pushed after that moment do not count.
     """
     rows = Spine.read(spine, options.timestamp)
     unknown = set(options.versions) - set(selection.views)
@@ -157,9 +164,7 @@ def join(
         raise NotFound("view in versions", sorted(unknown)[0], selection.views)
     names = selection.names(options.full_feature_names, rows.table.column_names)
     snapshots = {
-        name: Snapshot(name, store.offline.uri(name), -1, ())
-        if name in empty
-        else store.offline.snapshot(name, options.versions.get(name))
+        name: given[name] if given and name in given else store.offline.snapshot(name, options.versions.get(name))
         for name in selection.stored
     }
     views = {name: dataclasses.replace(view, transform=None) for name, view in selection.views.items()}

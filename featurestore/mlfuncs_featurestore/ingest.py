@@ -30,6 +30,8 @@ from mlfuncs_featurestore.tables import BATCH_ROWS, read_tables, say_once
 if TYPE_CHECKING:
     from deltalake import DeltaTable
 
+    from mlfuncs_featurestore.catalog import Catalog
+    from mlfuncs_featurestore.offline import OfflineStore
     from mlfuncs_featurestore.store import FeatureStore
 
 BATCH_BYTES = 256 * 2**20  # measured: a larger batch is no faster
@@ -103,10 +105,21 @@ def ingest(store: FeatureStore, view: str, rows: Any = None, **options: Any) -> 
     from mlfuncs_featurestore.push import flush
 
     flush(store, view)
-    tables = read_tables(rows, chosen.batch_rows)
-    if definition.transform is not None or definition.transform_bundle:
-        tables = _transformed(tables, store.catalog.code(definition))
-    return _Ingest(store, definition, chosen).run(tables)
+    return _Ingest(store.offline, definition, chosen).run(_tables(store.catalog, definition, rows, chosen))
+
+
+def ingest_into(offline: OfflineStore, catalog: Catalog, view: FeatureView, rows: Any) -> IngestReport:
+    """`rows` into the view's table of another offline store than the project's, which nothing waits for."""
+    chosen = IngestOptions(future="accept")
+    return _Ingest(offline, view, chosen).run(_tables(catalog, view, rows, chosen))
+
+
+def _tables(catalog: Catalog, view: FeatureView, rows: Any, options: IngestOptions) -> Iterator[pa.Table]:
+    """The rows as tables, through the view's transform if it has one."""
+    tables = read_tables(rows, options.batch_rows)
+    if view.transform is None and not view.transform_bundle:
+        return tables
+    return _transformed(tables, catalog.code(view))
 
 
 def _transformed(tables: Iterator[pa.Table], transform: Any) -> Iterator[pa.Table]:
@@ -119,9 +132,9 @@ def _transformed(tables: Iterator[pa.Table], transform: Any) -> Iterator[pa.Tabl
 class _Ingest:
     """One ingest under way: what was written, what is set aside, what was said."""
 
-    def __init__(self, store: FeatureStore, view: FeatureView, options: IngestOptions) -> None:
-        self.store, self.view, self.options = store, view, options
-        self.uri = store.offline.uri(view.name)
+    def __init__(self, offline: OfflineStore, view: FeatureView, options: IngestOptions) -> None:
+        self.offline, self.view, self.options = offline, view, options
+        self.uri = offline.uri(view.name)
         self.id = uuid.uuid4().hex
         self.adds: list[Any] = []
         self.aside: list[pa.Table] = []
@@ -147,7 +160,7 @@ class _Ingest:
                 prepare_table(self.uri, self.view)
             self._keep_aside(now_us)
             begun = True
-            version = self._commit() if self._has_something else self.store.offline.snapshot(self.view.name).version
+            version = self._commit() if self._has_something else self.offline.snapshot(self.view.name).version
         except BaseException:
             if not begun:
                 delta.delete_files(self.uri, self.adds)
@@ -211,7 +224,7 @@ class _Ingest:
         stamped = rows.append_column("__ingest_id", pa.repeat(pa.scalar(self.id), rows.num_rows))
         when = pa.repeat(quality.oldest_scalar(now_us), rows.num_rows)
         stamped = stamped.append_column("__quarantined_at", when)
-        uri = self.store.offline.quarantine_uri(self.view.name)
+        uri = self.offline.quarantine_uri(self.view.name)
         delta.ensure_table(uri, pa.schema([*stamped.schema, pa.field(BUCKET, pa.int32())]))
         delta.commit(uri, delta.Commit([delta.write_file(uri, stamped, 0)]))
 

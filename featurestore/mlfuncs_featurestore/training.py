@@ -16,6 +16,7 @@ import pyarrow as pa
 from mlfuncs.errors import Conflict, NotFound, SpecError, StorageError
 from mlfuncs_featurestore import delta_tables as delta
 from mlfuncs_featurestore.definitions import FeatureView, OnDemandView
+from mlfuncs_featurestore.offline import Snapshot
 from mlfuncs_featurestore.references import Selection
 from mlfuncs_featurestore.spine import table_digest
 
@@ -58,7 +59,12 @@ class TrainingRecord:
 
 def make_record(result: HistoricalFeatures) -> TrainingRecord:
     """The record of a training set; its spine is stored in the warehouse under its digest."""
-    selection, options = result.selection, dataclasses.asdict(result.options)
+    selection, options = result.selection, result.options
+    for name, snapshot in result.snapshots.items():
+        if snapshot.uri != result.store.offline.uri(name):
+            raise SpecError(
+                f"this training set read a table of {name!r} that was never ingested; ingest it to record it"
+            )
     used = {view for view, _ in selection.wanted if view in selection.on_demand}
     digest = result.spine.digest
     _save_spine(result.store, digest, result.spine.table)
@@ -67,7 +73,7 @@ def make_record(result: HistoricalFeatures) -> TrainingRecord:
         versions={name: snapshot.version for name, snapshot in result.snapshots.items()},
         views={name: selection.views[name].to_dict() for name in result.snapshots},
         on_demand={name: selection.on_demand[name].to_dict() for name in used},
-        options={name: options[name] for name in ("full_feature_names", "status", "use_created")}
+        options={name: getattr(options, name) for name in ("full_feature_names", "status", "use_created")}
         | {"timestamp": result.spine.timestamp},
         spine_digest=digest,
         result_digest=table_digest(result.features),
@@ -89,9 +95,11 @@ def rebuild(store: FeatureStore, record: TrainingRecord | Mapping[str, Any], spi
     on_demand = {name: OnDemandView.from_dict(body) for name, body in made.on_demand.items()}
     versions = {name: version for name, version in made.versions.items() if version >= 0}
     options = HistoryOptions(**made.options, versions=versions)
-    empty = [name for name, version in made.versions.items() if version < 0]
+    empty = {
+        name: Snapshot(name, store.offline.uri(name), -1, ()) for name, version in made.versions.items() if version < 0
+    }
     try:
-        result = join(store, table, Selection(made.features, views, on_demand), options, empty=empty)
+        result = join(store, table, Selection(made.features, views, on_demand), options, empty)
     except OSError as exc:
         raise NotFound("data file of the recorded version", str(exc), hint="(it was vacuumed)") from exc
     if result.spine.digest != made.spine_digest:

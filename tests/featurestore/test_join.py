@@ -424,3 +424,35 @@ def test_a_transform_is_the_way_in(store):
     FeatureStore(store.settings).ingest("spend_cents", rows, now=NOW)
     spine = pd.DataFrame({"user_id": [2, 1], "event_timestamp": [NOW, NOW]})
     assert store.get_historical_features(spine, "spend_cents").features["cents"].to_pylist() == [250, 125]
+
+
+def test_a_table_that_was_never_ingested_is_joined_as_if_it_were(store, tmp_path):
+    rows = pd.DataFrame(
+        {"k": [1, 1, 2], "event_timestamp": [NOW - datetime.timedelta(hours=1), NOW, NOW], "amount": [1.0, 2.0, 3.0]}
+    )
+    rows.to_parquet(tmp_path / "spend.parquet")
+    windows = [Aggregation("amount", ["sum"], ["2h"])]
+    options = {"entities": [Entity("k", int)], "fields": {"amount": "float64"}, "aggregations": windows, "buckets": 2}
+    store.apply(
+        [FeatureView("handed", **options), FeatureView("sourced", source=tmp_path / "spend.parquet", **options)]
+    )
+    spine = pd.DataFrame({"k": [2, 1, 9], "event_timestamp": [NOW] * 3})
+    wanted = ["handed:amount_sum_2h", "sourced:amount_sum_2h"]
+    found = store.get_historical_features(spine, wanted, tables={"handed": rows}).to_arrow()
+    assert found["handed__amount_sum_2h"].to_pylist() == [3.0, 3.0, None]
+    assert found["sourced__amount_sum_2h"].to_pylist() == [3.0, 3.0, None]
+    assert store.offline.snapshot("handed").version == store.offline.snapshot("sourced").version == -1
+    result = store.get_historical_features(spine, ["sourced:amount"])
+    with pytest.raises(SpecError, match="never ingested; ingest it"):
+        result.record  # noqa: B018
+    with pytest.raises(InvalidInput, match="'amount' is missing"):
+        store.get_historical_features(spine, ["handed:amount"], tables={"handed": rows.drop(columns="amount")})
+    with pytest.raises(NotFound, match="view in tables"):
+        store.get_historical_features(spine, ["handed:amount"], tables={"other": rows})
+    store.ingest("sourced", rows.tail(1), now=NOW)  # from now on its table counts, not the source
+    assert store.get_historical_features(spine, ["sourced:amount"]).to_arrow()["amount"].to_pylist() == [
+        3.0,
+        None,
+        None,
+    ]
+    assert store.get_historical_features(spine, ["sourced:amount"]).record.versions == {"sourced": 1}
