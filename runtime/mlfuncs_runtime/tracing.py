@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
-from mlfuncs.errors import MissingExtra
+from mlfuncs.errors import MissingExtra, SpecError
 from mlfuncs.serving.request_context import OutgoingCall
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("mlfuncs.tracing")
 
 QUEUE_SPANS = 4096  # spans that wait, at most; a guess: two seconds at full load
+PATH_CHARACTERS = 500  # of a request's path that are kept: what waits is bounded in bytes too
 _BATCH_SPANS = 256  # spans encoded and sent at once; a guess
 _EVERY_S = 0.5
 _TIMEOUT_S = 5.0  # for one batch, with the exporter's own retries
@@ -129,7 +130,7 @@ class SpanExport:
     def _send(self, spans: list[Span | ReadableSpan]) -> None:
         from opentelemetry.sdk.trace.export import SpanExportResult
 
-        offset_ns = time.time_ns() - time.monotonic_ns()
+        offset_ns = _clock_offset_ns()
         ready = [_readable(span, self.resource, offset_ns) if isinstance(span, Span) else span for span in spans]
         taken = self._exporter.export(ready) is SpanExportResult.SUCCESS
         with self._counting:
@@ -141,11 +142,20 @@ class SpanExport:
             log.warning("the collector at MLFUNCS_OTEL_ENDPOINT %s", say)
 
 
+def _clock_offset_ns() -> int:
+    """What to add to time.monotonic_ns() for the wall's clock; the best of some tries, for one may be interrupted."""
+    tries = []
+    for _ in range(5):
+        before_ns, wall_ns, after_ns = time.monotonic_ns(), time.time_ns(), time.monotonic_ns()
+        tries.append((after_ns - before_ns, wall_ns - (before_ns + after_ns) // 2))
+    return min(tries)[1]
+
+
 def open_export(endpoint: str, service: str, attributes: Mapping[str, str]) -> SpanExport:
     """An export to the collector at `endpoint`, not started. `attributes` describe who sends.
 
     Headers, certificates and compression come from OpenTelemetry's own variables (OTEL_EXPORTER_OTLP_HEADERS, ...),
-    further resource attributes from OTEL_RESOURCE_ATTRIBUTES. Raises MissingExtra.
+    further resource attributes from OTEL_RESOURCE_ATTRIBUTES. Raises MissingExtra, and SpecError for what is no URL.
     """
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -178,9 +188,15 @@ def note_call(export: SpanExport, call: OutgoingCall, kind: str) -> None:
 def traces_url(endpoint: str) -> str:
     """Where a collector takes spans: `endpoint` itself when it names that path, else the path below it.
 
+    Raises SpecError for what is no HTTP URL.
+
     >>> traces_url("http://collector:4318/")
     'http://collector:4318/v1/traces'
     """
+    if not endpoint.startswith(("http://", "https://")):
+        raise SpecError(
+            f"MLFUNCS_OTEL_ENDPOINT {endpoint!r} must be a URL, like 'http://collector:4318' (OTLP over HTTP)"
+        )
     base = endpoint.rstrip("/")
     return base if base.endswith(_PATH) else base + _PATH
 

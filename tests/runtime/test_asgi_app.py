@@ -221,7 +221,7 @@ def test_while_a_handler_thread_is_past_its_timeout_the_worker_is_not_ready() ->
         return x
 
     async def scenario() -> list[int]:
-        app = make_app(wait, AppOptions(timeout_s=0.05, stuck_grace_s=60))
+        app = make_app(wait, AppOptions(timeout_s=0.5, stuck_grace_s=60))
         statuses = [(await send(app, method="GET", path="/-/ready")).status]
         statuses.append((await send(app, b'{"x": 1}')).status)
         statuses.append((await send(app, method="GET", path="/-/ready")).status)

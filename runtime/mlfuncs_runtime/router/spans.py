@@ -6,7 +6,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from mlfuncs.errors import MlfuncsError
-from mlfuncs_runtime.tracing import Span, SpanExport, open_export
+from mlfuncs_runtime.tracing import PATH_CHARACTERS, Span, SpanExport, open_export
 
 if TYPE_CHECKING:
     from mlfuncs.settings import Settings
@@ -31,7 +31,7 @@ class RouterSpans:
         attributes: dict[str, str | int | float] = {
             "http.request.method": head.method.decode("latin-1"),
             "http.response.status_code": status,
-            "url.path": head.target.partition(b"?")[0].decode("latin-1"),
+            "url.path": head.target.partition(b"?")[0][:PATH_CHARACTERS].decode("latin-1"),
             "url.scheme": "http",
             "mlfuncs.request_id": request.request_id.decode("latin-1"),
         }

@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mlfuncs.errors import MlfuncsError
 from mlfuncs.serving.request_context import watch_calls
-from mlfuncs_runtime.tracing import Span, SpanExport, new_traceparent, note_call, open_export, read_traceparent
+from mlfuncs_runtime.tracing import (
+    PATH_CHARACTERS,
+    Span,
+    SpanExport,
+    new_traceparent,
+    note_call,
+    open_export,
+    read_traceparent,
+)
 
 if TYPE_CHECKING:
     from mlfuncs_runtime.worker.config import WorkerConfig
@@ -33,7 +41,7 @@ class WorkerSpans:
     """Makes spans of a worker's requests and hands them to an export."""
 
     def __init__(self, export: SpanExport, labels: Mapping[str, str]) -> None:
-        self.export = export
+        self.export, self._name = export, labels["endpoint"]
         self._attributes = {f"mlfuncs.{key}": value for key, value in labels.items() if value}
 
     def enter(self, exchange: Exchange) -> Begun | None:
@@ -53,13 +61,14 @@ class WorkerSpans:
         attributes: dict[str, str | int | float] = {
             "http.request.method": exchange.method,
             "http.response.status_code": status,
-            "url.path": exchange.path,
+            "url.path": exchange.path[:PATH_CHARACTERS],
             "mlfuncs.request_id": exchange.request_id,
             **self._attributes,
         }
-        name = f"{exchange.method} {exchange.path}"
         now_s, failed = time.monotonic(), status >= 500
-        span = Span(name, "SERVER", exchange.traceparent, begun.parent, begun.started_s, now_s, attributes, failed)
+        span = Span(
+            self._name, "SERVER", exchange.traceparent, begun.parent, begun.started_s, now_s, attributes, failed
+        )
         self.export.add(span)
 
 
