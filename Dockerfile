@@ -9,7 +9,8 @@ LABEL dev.mlfuncs.stage=build
 # Settings of pip for this stage alone: an index of your own, its certificates. Nothing of it reaches the image.
 ARG PIP_INDEX_URL
 ARG PIP_TRUSTED_HOST
-ARG PIP_CERT
+ARG CERTIFICATES
+ENV PIP_CERT=${CERTIFICATES:-${PIP_CERT}}
 # Extras whose dependencies are put in as well, e.g. "platform" for the image of the platform itself.
 ARG EXTRAS=
 RUN ["python", "-m", "venv", "/opt/mlfuncs"]

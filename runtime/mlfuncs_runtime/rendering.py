@@ -13,7 +13,7 @@ from mlfuncs.errors import NotFound, SpecError
 from mlfuncs.serving.revision_config import RevisionConfig
 from mlfuncs.settings import Settings
 from mlfuncs_runtime.images.builder import BuiltImage, ImageBuilder, Report
-from mlfuncs_runtime.images.image import BaseImage, Image
+from mlfuncs_runtime.images.image import BaseImage, Image, check_reference
 from mlfuncs_runtime.manifests.routing import KubernetesOptions
 from mlfuncs_runtime.manifests.workload import Workload
 
@@ -45,11 +45,10 @@ def build_image(
         from mlfuncs_runtime.images.docker_builder import DockerBuilder
 
         builder = DockerBuilder(settings)
+    wanted = check_reference(tag) if tag else ""
     made = [ImageFunction(f.spec.name, f.bundle.digest, RevisionConfig(f.spec)) for f in functions]
     image = assemble(made, builder.base(report), settings)
-    name = tag or f"{repository(functions, settings)}:{image.id.removeprefix('sha256:')[:12]}"
-    if ":" not in name.rpartition("/")[2]:
-        name += ":latest"
+    name = wanted or f"{repository(functions, settings)}:{image.id.removeprefix('sha256:')[:12]}"
     report(f"storing {name}")
     built = builder.store(image, [name])
     if not push:
@@ -64,13 +63,14 @@ def build_base(
     from mlfuncs_runtime.images.base import find_source
     from mlfuncs_runtime.images.docker_builder import DockerBuilder
 
-    builder, source = DockerBuilder(settings), find_source()
+    name, source = check_reference(tag) if tag else "", find_source()
     source = dataclasses.replace(source, python_image=python_image or source.python_image, extras=tuple(sorted(extras)))
+    source.check_extras()
+    builder = DockerBuilder(settings)
     base = builder.make_base(source, report)
-    name = base.name
-    if tag:
-        name = tag if ":" in tag.rpartition("/")[2] else f"{tag}:latest"
+    if name:
         builder.tag(base.name, name)
+    name = name or base.name
     return BuiltImage(name, base.id, base.size_bytes, base.size_bytes, builder.push(name, report) if push else "")
 
 

@@ -1,5 +1,6 @@
 """The base image: from an installed wheel as from a checkout, and nothing private of the machine that built it."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from mlfuncs.errors import NotFound
 from mlfuncs_runtime.images.base import find_source
 
 ROOT = Path(__file__).parents[2]
@@ -90,6 +92,12 @@ def test_a_base_is_made_over_another_python_image_with_extras(docker_engine, tmp
         subprocess.run([*python, "-c", "import redis, hiredis, mlfuncs_runtime"], check=True, capture_output=True)
     finally:
         subprocess.run(["docker", "rmi", "--force", name, own], capture_output=True, check=False)
+
+
+def test_an_extra_that_mlfuncs_does_not_have_is_refused():
+    dataclasses.replace(find_source(), extras=("platform", "featurestore")).check_extras()
+    with pytest.raises(NotFound, match="did you mean 'featurestore'"):
+        dataclasses.replace(find_source(), extras=("featurstore",)).check_extras()
 
 
 def test_the_base_is_named_after_all_that_it_is_made_of():

@@ -21,15 +21,17 @@ from pathlib import Path
 import pytest
 
 from mlfuncs.bundles.bundle import open_bundle
-from mlfuncs.errors import SpecError
+from mlfuncs.errors import SpecError, StorageError
 from mlfuncs.loading import load_target
 from mlfuncs.serving.revision_config import RevisionConfig
 from mlfuncs.settings import Settings, read_settings
 from mlfuncs_runtime.images.builder import MemoryBuilder
+from mlfuncs_runtime.images.context import write_context
 from mlfuncs_runtime.images.function_image import ImageFunction, assemble, shared_lock
 from mlfuncs_runtime.images.image import layers_in, write_archive
 from mlfuncs_runtime.images.layers import Entry, write_layer
 from mlfuncs_runtime.images.sbom import cyclonedx
+from mlfuncs_runtime.rendering import build_image
 
 ROOT = Path(__file__).parents[2]
 SOURCE = """
@@ -173,6 +175,23 @@ def test_an_archive_is_what_docker_save_would_give(functions, settings, tmp_path
     }
 
 
+@pytest.mark.parametrize("name", ["UPPER/x:1", "a:b:c", "x@sha256:" + "a" * 64, "-x", "x/", "a b"])
+def test_a_name_that_no_engine_takes_is_refused_before_anything_is_built(functions, settings, name):
+    with pytest.raises(SpecError, match="is not an image's name"):
+        build_image([], name, False, settings, print, MemoryBuilder())
+
+
+def test_one_function_twice_is_refused(functions, settings):
+    with pytest.raises(SpecError, match="two functions of one image are called 'double'"):
+        assemble(functions("double", "double"), MemoryBuilder().base(print), settings)
+
+
+def test_a_context_for_an_unknown_scheme_is_refused(functions, settings):
+    image = assemble(functions("negate"), MemoryBuilder().base(print), settings)
+    with pytest.raises(StorageError, match="nosuch"):
+        write_context(image, "nosuch://bucket/context.tgz")
+
+
 def test_a_bill_names_versions_and_hashes_but_no_password():
     lock = [f"six==1.17.0 --hash=sha256:{'a' * 64}", "mine @ git+https://me:token@host/mine@abc"]
     six, mine = sorted(cyclonedx("f", "0" * 64, lock)["components"], key=lambda c: c["name"], reverse=True)
@@ -209,7 +228,9 @@ def test_an_engine_without_the_base_gets_all_layers(functions, settings, docker_
     from mlfuncs_runtime.images.docker_builder import DockerBuilder
 
     builder = DockerBuilder(Settings(settings.home, "test", base_image="python:3.11-slim"))
-    base = builder.base(print)
+    with pytest.raises(SpecError, match="mlfuncs build base --python-image"):
+        builder.base(print)
+    base = builder._inspect("python:3.11-slim")
     image = assemble(functions("double"), base, settings)
     folder = settings.home / "full"
     folder.mkdir()

@@ -120,7 +120,8 @@ def test_compose_publishes_on_loopback_only_and_has_no_password_in_it():
     compose = render_compose("shop")
     assert compose["services"]["platform"]["ports"] == ["127.0.0.1:8080:8080"]
     text = yaml.safe_dump(compose)
-    assert "${MLFUNCS_TOKEN:?" in text and "${POSTGRES_PASSWORD:?" in text
+    assert "${MLFUNCS_TOKEN:?" in text
+    assert "${POSTGRES_PASSWORD:?" in text and "${REDIS_PASSWORD:?" in text
     assert compose["services"]["platform"]["read_only"]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,14 @@ class BaseSource:
             whole.update(hashlib.sha256(entry.source.read_bytes()).digest())
         return f"mlfuncs/base:{mlfuncs.__version__}-{whole.hexdigest()[:12]}"
 
+    def check_extras(self) -> None:
+        """Raise NotFound for an extra that mlfuncs does not have."""
+        project = tomllib.loads(self.files["pyproject.toml"].read_text(encoding="utf-8"))["project"]
+        known = [*project["optional-dependencies"], "platform"]
+        for extra in self.extras:
+            if extra not in known:
+                raise NotFound("extra of mlfuncs", extra, known)
+
     def context(self) -> list[Entry]:
         """The files that are sent to a builder."""
         certificates = own_certificates()
@@ -59,7 +68,7 @@ class BaseSource:
         """The build arguments. Those of `private_arguments` reach no layer of the final stage."""
         found = {"PYTHON_IMAGE": self.python_image, "VERSION": mlfuncs.__version__, "EXTRAS": " ".join(self.extras)}
         if own_certificates():
-            found["PIP_CERT"] = f"/src/{_CERTIFICATES_FILE}"
+            found["CERTIFICATES"] = f"/src/{_CERTIFICATES_FILE}"
         return found | private_arguments(settings)
 
     def _sources(self) -> list[Entry]:

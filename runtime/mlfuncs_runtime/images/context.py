@@ -37,7 +37,7 @@ def write_context(image: Image, url: str) -> int:
     try:
         with fsspec.open(url, "wb") as target:
             target.write(packed.getvalue())
-    except OSError as exc:
+    except (OSError, ValueError, ImportError) as exc:  # the last two: a scheme that is unknown, or needs a package
         raise StorageError(f"the build context cannot be written to {url!r}: {exc}") from exc
     return len(packed.getvalue())
 

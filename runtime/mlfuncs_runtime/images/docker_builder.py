@@ -11,7 +11,7 @@ from typing import Any
 import docker
 from docker.errors import APIError, BuildError, DockerException, ImageNotFound
 
-from mlfuncs.errors import EnvironmentFailed, Forbidden, MlfuncsError, NotFound, Unavailable
+from mlfuncs.errors import EnvironmentFailed, Forbidden, MlfuncsError, NotFound, SpecError, Unavailable
 from mlfuncs.settings import Settings
 from mlfuncs_runtime.images.base import BaseSource, find_source, private_arguments
 from mlfuncs_runtime.images.builder import BuiltImage, Report
@@ -34,7 +34,7 @@ class DockerBuilder:
     def base(self, report: Report) -> BaseImage:
         """The base that the settings name, else the one of this release's Dockerfile, built when it is not there."""
         if self._settings.base_image:
-            return self._inspect(self._pulled(self._settings.base_image, report))
+            return _checked(self._inspect(self._pulled(self._settings.base_image, report)))
         return self.make_base(find_source(), report)
 
     def make_base(self, source: BaseSource, report: Report) -> BaseImage:
@@ -82,7 +82,7 @@ class DockerBuilder:
         with _translated(reference):
             for line in self._client.images.push(name, tag=tag, stream=True, decode=True):
                 if "error" in line:
-                    raise _refused(reference, str(line["error"]))
+                    raise _refused(reference, str(line["error"]), "pushed")
             digests: list[str] = self._client.images.get(reference).attrs.get("RepoDigests") or []
         return next((digest for digest in digests if digest.startswith(f"{name}@")), "")
 
@@ -108,7 +108,7 @@ class DockerBuilder:
     def _pulled(self, name: str, report: Report) -> str:
         if not self.has(name):
             report(f"pulling {name}")
-            with _translated(name):
+            with _translated(name, "pulled"):
                 self._client.images.pull(name)
         return name
 
@@ -150,22 +150,34 @@ def _check_build(lines: list[dict[str, Any]], tag: str) -> None:
     )
 
 
-def _refused(reference: str, reason: str) -> MlfuncsError:
+def _checked(base: BaseImage) -> BaseImage:
+    """Raises SpecError for an image that would not serve a function."""
+    if "mlfuncs_runtime.docker.entry" not in (base.config.get("Entrypoint") or ()):
+        raise SpecError(
+            f"MLFUNCS_BASE_IMAGE {base.name} is not a base image of mlfuncs: make one over it with "
+            f"'mlfuncs build base --python-image {base.name} --tag NAME'"
+        )
+    return base
+
+
+def _refused(reference: str, reason: str, done: str) -> MlfuncsError:
     if any(word in reason for word in ("denied", "unauthorized", "authentication")):
         return Forbidden(f"the registry refuses {reference}: {reason}; run 'docker login' for it")
-    return Unavailable(f"{reference} cannot be pushed: {reason}")
+    return Unavailable(
+        f"{reference} cannot be {done}: {reason}; check its name, and that the engine reaches its registry"
+    )
 
 
 @contextlib.contextmanager
-def _translated(what: str) -> Iterator[None]:
-    """Docker's errors as ours."""
+def _translated(what: str, done: str = "used") -> Iterator[None]:
+    """Docker's errors as ours; `done` says what was being done with the image."""
     try:
         yield
     except ImageNotFound as exc:
         raise NotFound("image", what, hint="; pull it, or set MLFUNCS_BASE_IMAGE") from exc
     except (APIError, BuildError) as exc:
         reason = str(getattr(exc, "explanation", None) or exc)
-        raise _refused(what, reason) from exc
+        raise _refused(what, reason, done) from exc
     except (DockerException, OSError) as exc:
         raise Unavailable(
             f"no Docker Engine answers ({exc}): start it ('scripts/docker-engine' installs one), add this user to the "

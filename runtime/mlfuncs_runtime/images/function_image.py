@@ -50,6 +50,9 @@ def assemble(functions: Sequence[ImageFunction], base: BaseImage, settings: Sett
     Raises SpecError when they cannot share one (Python versions or pins that differ), what opening a bundle raises,
     and EnvironmentFailed when a pin cannot be had.
     """
+    names = [function.name for function in functions]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise SpecError(f"two functions of one image are called {min(twice)!r}: give one another name")
     bundles = {function.name: open_bundle(function.bundle, settings) for function in functions}
     lock, python = shared_lock(bundles)
     folder = settings.home / "images" / "layers"

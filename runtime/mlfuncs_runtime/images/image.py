@@ -9,15 +9,34 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from mlfuncs.errors import SpecError
 from mlfuncs_runtime.images.layers import EPOCH_S, Layer
 
+_PART = r"[a-z0-9]+(?:(?:\.|_{1,2}|-+)[a-z0-9]+)*"  # https://github.com/distribution/reference, grammar
+_HOST = r"(?:localhost|[A-Za-z0-9.\-\[\]:]*[.:][A-Za-z0-9.\-\[\]:]*)"
+_REFERENCE = re.compile(rf"(?:{_HOST}/)?{_PART}(?:/{_PART})*(?::[A-Za-z0-9_][A-Za-z0-9_.\-]{{0,127}})?")
 CREATED = "1980-01-01T00:00:00Z"
+
+
+def check_reference(name: str) -> str:
+    """An image's name with its tag, ":latest" when it has none. Raises SpecError for what no engine takes.
+
+    >>> check_reference("registry.example:5000/team/churn")
+    'registry.example:5000/team/churn:latest'
+    """
+    if not _REFERENCE.fullmatch(name):
+        raise SpecError(
+            f"{name!r} is not an image's name: write [REGISTRY/]NAME[:TAG], the name in lower case, e.g. "
+            "registry.example/team/churn:1"
+        )
+    return name if ":" in name.rpartition("/")[2] else f"{name}:latest"
 
 
 @dataclass(frozen=True)

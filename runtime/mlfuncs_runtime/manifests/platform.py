@@ -28,6 +28,7 @@ _RULES: tuple[tuple[str, list[str], list[str]], ...] = (
     ("gateway.networking.k8s.io", ["httproutes"], _WRITE),
 )
 _DEPLOYER = "mlfuncs-deployer"
+_REDIS_PASSWORD = "${REDIS_PASSWORD:?set REDIS_PASSWORD}"
 
 
 def render_platform(namespace: str, options: KubernetesOptions = KubernetesOptions()) -> list[dict[str, Any]]:
@@ -83,7 +84,7 @@ def render_compose(project: str) -> dict[str, Any]:
                     "MLFUNCS_HOST": "0.0.0.0",
                     "MLFUNCS_PORT": "8080",
                     "MLFUNCS_TOKEN": "${MLFUNCS_TOKEN:?set MLFUNCS_TOKEN to what callers must send}",
-                    "MLFUNCS_REDIS_URL": "redis://redis:6379/0",
+                    "MLFUNCS_REDIS_URL": "redis://:${REDIS_PASSWORD}@redis:6379/0",
                     "MLFUNCS_REGISTRY_URL": "postgresql+psycopg://mlfuncs:${POSTGRES_PASSWORD}@postgres:5432/mlfuncs",
                 },
                 "ports": ["127.0.0.1:8080:8080"],
@@ -98,7 +99,8 @@ def render_compose(project: str) -> dict[str, Any]:
             },
             "redis": {
                 "image": "${REDIS_IMAGE:-redis:7-alpine}",
-                "command": ["redis-server", "--appendonly", "yes"],
+                "command": ["redis-server", "--appendonly", "yes", "--requirepass", _REDIS_PASSWORD],
+                "environment": {"REDISCLI_AUTH": "${REDIS_PASSWORD}"},  # for the health check
                 "volumes": ["redis:/data"],
                 "healthcheck": {"test": ["CMD", "redis-cli", "ping"], "interval": "5s"},
                 "restart": "unless-stopped",
