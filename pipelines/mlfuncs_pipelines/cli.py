@@ -10,7 +10,8 @@ from typing import Any
 
 import click
 
-from mlfuncs.errors import InvalidInput, MlfuncsError
+from mlfuncs.cli.output import only_json
+from mlfuncs.errors import InvalidInput, MlfuncsError, SpecError
 from mlfuncs.settings import read_settings
 from mlfuncs_pipelines.ir import Pipeline
 from mlfuncs_pipelines.run_log import PipelineRun
@@ -57,7 +58,8 @@ def run(target: str, params: tuple[str, ...], as_json: bool, **options: Any) -> 
     from mlfuncs_pipelines.runner import run_pipeline
 
     def execute() -> PipelineRun:
-        loaded = load_ir(target)
+        with only_json(as_json):
+            loaded = load_ir(target)
         values = parse_params(params, loaded)
         return run_pipeline(loaded, values, read_settings(), _options(options), [_observer(as_json)])
 
@@ -72,8 +74,9 @@ def compile_(target: str, output: Path | None, as_json: bool) -> None:
     """Write the pipeline FILE.py:NAME as an IR YAML file."""
     from mlfuncs_pipelines.targets import load_pipeline_object, write_ir
 
-    found = load_pipeline_object(target)
-    path = write_ir(found, output or Path(f"{found.name}.yaml"))
+    with only_json(as_json):
+        found = load_pipeline_object(target)
+        path = write_ir(found, output or Path(f"{found.name}.yaml"))
     click.echo(json.dumps({"pipeline": found.name, "path": str(path)}) if as_json else str(path))
 
 
@@ -89,8 +92,9 @@ def submit(target: str, params: tuple[str, ...], as_json: bool, **options: Any) 
     """Run the pipeline FILE.py:NAME on Kubeflow, or schedule it there."""
     from mlfuncs_pipelines.targets import load_pipeline_object
 
-    found = load_pipeline_object(target)
-    values = parse_params(params, found.ir)
+    with only_json(as_json):
+        found = load_pipeline_object(target)
+        values = parse_params(params, found.ir)
     place = {"host": options["host"], "experiment": options["experiment"]}
     if options["cron"]:
         made = found.schedule(options["cron"], **place, **values)
@@ -131,6 +135,8 @@ def load_ir(target: str) -> Pipeline:
     """The pipeline in a compiled file, or the one that FILE.py:NAME defines. Raises InvalidPipeline or NotFound."""
     from mlfuncs_pipelines.validate import load_pipeline
 
+    if target.endswith((".py", ".ipynb")):
+        raise SpecError(f"{target!r} is code: say which pipeline of it, like {target}:NAME")
     if target.endswith((".yaml", ".yml", ".json")) or Path(target).is_file() or ":" not in target:
         return load_pipeline(target)
     from mlfuncs_pipelines.targets import load_pipeline_object

@@ -9,7 +9,7 @@ from typing import Any
 
 from mlfuncs.errors import InvalidInput
 from mlfuncs_pipelines import conditions
-from mlfuncs_pipelines.ir import ABSENT, Component, Iterator, Task, constant_of
+from mlfuncs_pipelines.ir import ABSENT, Component, Iterator, Pipeline, Task, constant_of
 from mlfuncs_pipelines.placeholders import Context, resolve_value
 from mlfuncs_pipelines.values import check_literal, coerce, from_file
 
@@ -74,6 +74,16 @@ def complete(given: Values, component: Component, what: str, iterator: Iterator 
         message = f"{what} has no value for {', '.join(missing)}: the upstream task gave none, and there is no default"
         raise InvalidInput(message, [{"field": name, "message": "missing"} for name in missing])
     return Values(parameters, given.artifacts)
+
+
+def complete_run(params: Mapping[str, Any], pipeline: Pipeline) -> Values:
+    """The parameters of a run with defaults filled in. Raises InvalidInput, also for null where a value is needed."""
+    what = f"pipeline {pipeline.name}"
+    for name, declared in pipeline.root.input_parameters.items():
+        if name in params and params[name] is None and not (declared.optional and declared.default is ABSENT):
+            mend = "leave it out for its default" if declared.default is not ABSENT else "give a value"
+            raise InvalidInput(f"{what}: input {name} cannot be null; {mend}", [{"field": name, "message": "null"}])
+    return complete(Values(dict(params)), pipeline.root, what)
 
 
 def loop_items(iterator: Iterator, given: Values, what: str) -> list[Any]:

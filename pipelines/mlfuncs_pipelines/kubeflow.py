@@ -194,7 +194,7 @@ def compiled(pipeline: Pipeline, params: Mapping[str, Any] | None, settings: Set
 
     Raises InvalidPipeline, InvalidInput, or SpecError when pods could not fetch the code.
     """
-    from mlfuncs_pipelines.inputs import Values, complete
+    from mlfuncs_pipelines.inputs import complete_run
     from mlfuncs_pipelines.publishing import push_bundles
     from mlfuncs_pipelines.validate import load_pipeline
 
@@ -202,7 +202,7 @@ def compiled(pipeline: Pipeline, params: Mapping[str, Any] | None, settings: Set
         path = pipeline.compile(Path(folder) / f"{pipeline.name}.yaml")
         loaded = load_pipeline(path)
         if params is not None:
-            complete(Values(dict(params)), loaded.root, f"pipeline {pipeline.name}")
+            complete_run(params, loaded)
         push_bundles(loaded, settings)
         yield path
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from mlfuncs.errors import InvalidInput, MlfuncsError, SpecError
+from mlfuncs.errors import InvalidInput, MlfuncsError, SpecError, StorageError
 from mlfuncs.spec import slugify
 from mlfuncs_pipelines.components import is_tracing
 
@@ -26,6 +27,9 @@ _NATIVE = {
     "LIST": list,
     "STRUCT": dict,
 }
+
+
+_RUN_OPTIONS = ("parallel", "cache", "ignore", "containers", "resume")
 
 
 class Pipeline:
@@ -63,13 +67,13 @@ class Pipeline:
 
         from mlfuncs_pipelines.tracing import kfp_body
 
-        body = kfp_body(self.body, self.name)
         try:
+            body = kfp_body(self.body, self.name)
             return dsl.pipeline(name=self.name, description=self.description or None, **self._options)(body)
         except MlfuncsError:
             raise
-        except (ValueError, TypeError, RuntimeError) as exc:
-            raise SpecError(f"pipeline {self.name} cannot be compiled: {exc}") from exc
+        except Exception as exc:
+            raise SpecError(f"pipeline {self.name} cannot be compiled: {_reason(exc, self.body)}") from exc
 
     @property
     def ir(self) -> IrPipeline:
@@ -107,7 +111,7 @@ class Pipeline:
         from mlfuncs_pipelines.local_run import run_here
 
         options = Options(parallel, cache, frozenset(ignore), containers)
-        return run_here(self, self._encode(params), options, resume)
+        return run_here(self, self._encode(params, _RUN_OPTIONS), options, resume)
 
     def _repr_html_(self) -> str:
         from mlfuncs_pipelines.drawing import graph_svg
@@ -119,27 +123,40 @@ class Pipeline:
         from kfp import compiler
 
         target = Path(path)
-        compiler.Compiler().compile(self.component, str(target))
+        component = self.component
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            compiler.Compiler().compile(component, str(target))
+        except (OSError, ValueError) as exc:  # kfp's ValueError is about the name: a file ends in .yaml or .json
+            reason = getattr(exc, "strerror", None) or exc
+            raise StorageError(f"the pipeline cannot be written to {str(target)!r}: {reason}") from exc
         return target
 
     def submit(self, *, host: str = "", experiment: str = "Default", **params: Any) -> KubeflowRun:
         """Run on Kubeflow Pipelines and return the started run. `host` defaults to the setting kubeflow_host."""
         from mlfuncs_pipelines.kubeflow import submit
 
-        return submit(self, self._encode(params), host=host, experiment=experiment)
+        return submit(self, self._encode(params, ("host", "experiment")), host=host, experiment=experiment)
 
     def schedule(self, cron: str, *, host: str = "", experiment: str = "Default", **params: Any) -> Schedule:
         """Run on Kubeflow Pipelines at the times of `cron` (five or six fields) and return the schedule."""
         from mlfuncs_pipelines.kubeflow import schedule
 
-        return schedule(self, cron, self._encode(params), host=host, experiment=experiment)
+        given = self._encode(params, ("cron", "host", "experiment"))
+        return schedule(self, cron, given, host=host, experiment=experiment)
 
-    def _encode(self, params: dict[str, Any]) -> dict[str, Any]:
-        """The run's parameters as JSON. Raises InvalidInput."""
+    def _encode(self, params: dict[str, Any], options: Sequence[str]) -> dict[str, Any]:
+        """The run's parameters as JSON. Raises InvalidInput, SpecError for one that is named like one of `options`."""
         from mlfuncs_pipelines.ports import encode_constant
         from mlfuncs_pipelines.tracing import pipeline_ports
 
         ports = pipeline_ports(self.body, self.name)
+        hidden = [option for option in options if option in ports]
+        if hidden:
+            raise SpecError(
+                f"pipeline {self.name} has a parameter {hidden[0]!r}, which is an option of this call; rename it, or "
+                f"compile the pipeline and run the file: mlfuncs pipeline run {self.name}.yaml --param {hidden[0]}=..."
+            )
         unknown = sorted(set(params) - set(ports))
         if unknown:
             known = ", ".join(ports) or "none"
@@ -180,3 +197,12 @@ def _suspended() -> Iterator[None]:
     finally:
         pipeline_context.Pipeline._default_pipeline = outer
         pipeline_task.PipelineTask._register_task_handler = handler
+
+
+def _reason(exc: Exception, body: Callable[..., Any]) -> str:
+    """What went wrong, and the line of the body where it did."""
+    frames = traceback.extract_tb(exc.__traceback__)
+    lines = [frame for frame in frames if frame.filename == body.__code__.co_filename]
+    place = f" ({Path(lines[-1].filename).name}, line {lines[-1].lineno}: {lines[-1].line})" if lines else ""
+    kind = "" if isinstance(exc, ValueError | RuntimeError) else f"{type(exc).__name__}: "
+    return f"{kind}{exc}{place}"

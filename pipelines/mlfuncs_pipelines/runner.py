@@ -17,7 +17,7 @@ from typing import Any
 from mlfuncs.errors import NotFound
 from mlfuncs.settings import Settings, ensure_home
 from mlfuncs_pipelines.engine import Engine, Observer, Options
-from mlfuncs_pipelines.inputs import Values, complete
+from mlfuncs_pipelines.inputs import complete_run
 from mlfuncs_pipelines.ir import Pipeline
 from mlfuncs_pipelines.lineage import LineageObserver
 from mlfuncs_pipelines.placeholders import uses
@@ -96,10 +96,7 @@ atexit.register(close_workers)
 def _execute(
     pipeline: Pipeline, run: PipelineRun, settings: Settings, options: Options, observers: Sequence[Observer]
 ) -> PipelineRun:
-    given = complete(
-        Values(dict(run.params)), pipeline.root, f"pipeline {pipeline.name}"
-    )  # a wrong one: before any work
-    run.inputs = given.parameters
+    run.inputs = complete_run(run.params, pipeline).parameters  # a wrong value is told before any work
     plans = prepare(pipeline, settings, options.containers, run.params)
     run.folder.mkdir(parents=True, exist_ok=True)
     body = {"spec": pipeline.spec, "platform": pipeline.platform}

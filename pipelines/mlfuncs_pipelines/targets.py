@@ -52,8 +52,5 @@ def load_pipeline_object(target: str) -> Pipeline:
 
 def write_ir(pipeline: Pipeline, path: Path) -> Path:
     """Compile to `path`, after the strict checks. Raises InvalidPipeline."""
-    checked = pipeline.ir
-    path.parent.mkdir(parents=True, exist_ok=True)
-    written = pipeline.compile(path)
-    assert checked.name
-    return written
+    assert pipeline.ir.name
+    return pipeline.compile(path)

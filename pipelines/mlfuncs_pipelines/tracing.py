@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from mlfuncs.errors import SpecError
@@ -43,11 +45,38 @@ def kfp_body(body: Callable[..., Any], name: str) -> Callable[..., Any]:
 
     @functools.wraps(body)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        result = _channel(body(*args, **kwargs))
+        with _no_plain_conditions(name):
+            result = _channel(body(*args, **kwargs))
         return result if returns is not None else None
 
     del wrapped.__wrapped__  # kfp would look through to the body's own annotations
     return _annotate(wrapped, parameters, returns)
+
+
+@contextmanager
+def _no_plain_conditions(name: str) -> Iterator[None]:
+    """Refuse `if x > 3:` in a body: kfp's comparison of a value that is not known yet is always true."""
+    from kfp.dsl import pipeline_channel
+
+    def refuse(operation: Any) -> bool:
+        if sys._getframe(1).f_globals.get("__name__", "").startswith("kfp."):
+            return True  # kfp compares its channels for its own ends
+        left = getattr(operation.left_operand, "name", operation.left_operand)
+        raise SpecError(
+            f"pipeline {name}: a plain `if` cannot look at {left!r}, which is not known before the pipeline runs: "
+            "write `with dsl.If(...)` (`from kfp import dsl`)"
+        )
+
+    compared: Any = pipeline_channel.ConditionOperation
+    before = compared.__dict__.get("__bool__")
+    compared.__bool__ = refuse
+    try:
+        yield
+    finally:
+        if before is None:
+            del compared.__bool__
+        else:
+            compared.__bool__ = before
 
 
 def _annotate(function: Any, parameters: list[inspect.Parameter], returns: Any) -> Any:
@@ -121,7 +150,7 @@ def _traced_return(body: Callable[..., Any], parameters: list[inspect.Parameter]
         )
         for parameter in parameters
     }
-    with pipeline_context.Pipeline(name):
+    with pipeline_context.Pipeline(name), _no_plain_conditions(name):
         result = _channel(body(**channels))
     if result is None:
         return None

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from mlfuncs.errors import SpecError
+
 CODE = """
 import mlfuncs as ml
 from kfp import dsl
@@ -117,3 +119,71 @@ def test_submit_without_a_host_says_how_to_name_one(command_here) -> None:
 def test_a_run_that_cannot_start_is_one_json_object_and_exit_code_2(command_here, given: list[str]) -> None:
     code, printed, _ = command_here("run", "pipes.py:ours", *given, "--json")
     assert code == 2 and json.loads(printed)["status"] == "failed" and json.loads(printed)["error"]
+
+
+HOSTILE = """
+import mlfuncs as ml
+print("the module prints")
+
+@ml.function
+def double(x: int) -> int:
+    return 2 * x
+
+@ml.pipeline
+def raises(n: int = 3):
+    raise KeyError("in the body")
+
+@ml.pipeline
+def plain_if(n: int = 3):
+    if n > 2:
+        return double(n)
+    return double(1)
+
+@ml.pipeline
+def fine(n: int = 3):
+    return double(n)
+
+@ml.pipeline
+def hidden(cache: int = 3):
+    return double(cache)
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["run", "hostile.py:raises"], "KeyError: 'in the body' (hostile.py, line 11: raise KeyError"),
+        (["compile", "hostile.py:raises"], "KeyError: 'in the body' (hostile.py, line 11"),
+        (["run", "hostile.py:plain_if"], "dsl.If"),
+        (["run", "hostile.py"], "hostile.py:NAME"),
+        (["run", "hostile.py:fine", "--param", "n=null"], "input n cannot be null; leave it out"),
+        (["compile", "hostile.py:fine", "-o", "/proc/gone/fine.yaml"], "cannot be written to '/proc/gone/fine.yaml'"),
+        (["compile", "hostile.py:fine", "-o", "."], "cannot be written to '.'"),
+        (["resume", "../../etc"], "no pipeline run is named 'etc'"),
+        (["submit", "hostile.py:fine", "--host", "here"], "is not a URL"),
+    ],
+)
+def test_what_cannot_be_done_is_said_without_a_traceback(
+    command_here, tmp_path: Path, words: list[str], said: str
+) -> None:
+    (tmp_path / "hostile.py").write_text(HOSTILE)
+    code, _, errors = command_here(*words)
+    assert code in (1, 2) and said in errors and "Traceback" not in errors
+
+
+def test_with_json_what_the_users_module_prints_is_not_on_standard_output(command_here, tmp_path: Path) -> None:
+    (tmp_path / "hostile.py").write_text(HOSTILE)
+    code, printed, errors = command_here("run", "hostile.py:fine", "--json")
+    assert code == 0 and json.loads(printed)["outputs"] == {"Output": 6} and "the module prints" in errors
+
+
+def test_a_parameter_named_like_an_option_is_refused_in_python_and_taken_on_the_command_line(
+    command_here, tmp_path: Path
+) -> None:
+    (tmp_path / "hostile.py").write_text(HOSTILE)
+    from mlfuncs_pipelines.targets import load_pipeline_object
+
+    with pytest.raises(SpecError, match="'cache', which is an option of this call"):
+        load_pipeline_object("hostile.py:hidden").run(cache=5)
+    _, printed, _ = command_here("run", "hostile.py:hidden", "--param", "cache=5", "--json")
+    assert json.loads(printed.splitlines()[-1])["outputs"] == {"Output": 10}
