@@ -136,6 +136,7 @@ def test_a_functions_wheels_come_through_the_proxy_and_leave_no_trace(company, t
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # everything of the base is downloaded and installed anew
 @pytest.mark.parametrize("company", [""], indirect=True)
 def test_the_base_is_built_through_the_proxy_and_leaves_no_trace(docker_engine, company, tmp_path, home, monkeypatch):
     from mlfuncs_runtime.images.docker_builder import DockerBuilder
