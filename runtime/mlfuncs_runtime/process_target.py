@@ -226,7 +226,7 @@ class ProcessTarget:
         """End what a dead supervisor left behind: the sentinel at first, so that it starts no other."""
         found = self._noted()
         pids = [handle.pid for handle in found]
-        processes.stop_sync(found, 10.0)
+        processes.stop_sync(found, 10.0, self._places.home)
         return pids
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -143,3 +146,35 @@ def test_a_nuclio_handler_calls_another_function_with_trace_and_deadline(live: N
     with pytest.raises(urllib.error.HTTPError) as late:
         post(f"{place.url}/slow", {})
     assert late.value.code == 504
+
+
+def test_programs_that_a_function_started_end_with_its_worker(live: None) -> None:
+    def start_program(own_session: bool) -> list[int]:
+        import os
+        import subprocess
+
+        program = subprocess.Popen(["sleep", "600"], start_new_session=own_session)
+        return [os.getpid(), program.pid]
+
+    def runs(pid: int) -> bool:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+        except OSError:
+            return False
+
+    place = deploy(start_program, name="starts")
+    worker, first = place.invoke(own_session=False)
+    _, apart = place.invoke(own_session=True)
+    try:
+        os.kill(worker, signal.SIGKILL)
+        deadline = time.monotonic() + 30
+        while runs(first):
+            assert time.monotonic() < deadline, "the program outlived its worker"
+            time.sleep(0.02)
+        assert runs(apart)  # it asked for a life of its own
+        _, second = place.invoke(own_session=False)
+        assert runs(second)
+        ProcessTarget(read_settings()).stop()
+        assert not runs(second) and runs(apart)
+    finally:
+        os.kill(apart, signal.SIGKILL)

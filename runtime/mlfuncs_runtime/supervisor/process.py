@@ -266,7 +266,7 @@ class Supervisor:
         await asyncio.gather(*tasks, self.books.forget(), return_exceptions=True)
         await asyncio.to_thread(self.triggers.stop)
         self.router.stop()
-        processes.stop_sync(self.books.all_processes(), _STOP_S)
+        processes.stop_sync(self.books.all_processes(), _STOP_S, self.places.home)
         remove_sockets(self.places)
 
     def _background(self, *work: Coroutine[Any, Any, None]) -> None:

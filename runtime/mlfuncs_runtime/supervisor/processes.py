@@ -130,8 +130,34 @@ def module_command(python: str | os.PathLike[str], module: str, *arguments: str)
     return [str(python), _SAFE_PATH, "-m", module, *arguments]
 
 
-def stop_sync(handles: Sequence[ProcessHandle], timeout_s: float) -> None:
-    """SIGTERM to all (continued first, when parked), then SIGKILL to those that stay longer than `timeout_s`."""
+def end_session(leader: int, home: Path) -> list[int]:
+    """Kill what a worker that has ended left behind: the programs of its session that carry this home; their ids.
+
+    The kernel gives the leader's id to nobody else while its session has members; the home tells a session that got
+    the id later. What made a session of its own (setsid) wanted to outlive the worker, and does.
+    """
+    mark, ended = b"MLFUNCS_HOME=" + os.fsencode(home), []
+    for name in os.listdir("/proc"):
+        if not name.isdigit() or int(name) == leader:
+            continue
+        with contextlib.suppress(OSError):
+            if os.getsid(int(name)) != leader:
+                continue
+            handle = open_process(int(name))
+            if handle is None:
+                continue
+            if os.getsid(handle.pid) == leader and mark in Path(f"/proc/{name}/environ").read_bytes().split(b"\0"):
+                handle.send(signal.SIGKILL)
+                ended.append(handle.pid)
+            handle.close()
+    return ended
+
+
+def stop_sync(handles: Sequence[ProcessHandle], timeout_s: float, home: Path | None = None) -> None:
+    """SIGTERM to all (continued first, when parked), then SIGKILL to those that stay longer than `timeout_s`.
+
+    With `home`, also to what they left behind in their sessions.
+    """
     for handle in handles:
         handle.send(signal.SIGCONT)
         handle.send(signal.SIGTERM)
@@ -140,6 +166,8 @@ def stop_sync(handles: Sequence[ProcessHandle], timeout_s: float) -> None:
             handle.send(signal.SIGKILL)
             handle.wait_sync(5.0)
         handle.close()
+        if home is not None:
+            end_session(handle.pid, home)
 
 
 def describe_exit(status: int | None) -> str:

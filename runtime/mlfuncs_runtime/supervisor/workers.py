@@ -111,6 +111,8 @@ class Workers:
         record.process.close()
         if status is None:
             status = await self._zygotes.exit_of(record.seen.key, record.process.pid)
+        if left := processes.end_session(record.process.pid, self._books.places.home):
+            log.warning("worker %d left %s running, which were killed", record.process.pid, left)
         end = _describe_end(record.seen.id, record.process.pid, status)
         if self._books.replicas.pop(record.seen.id, None) is None:
             return
