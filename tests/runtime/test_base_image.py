@@ -94,6 +94,13 @@ def test_a_base_is_made_over_another_python_image_with_extras(docker_engine, tmp
         subprocess.run(["docker", "rmi", "--force", name, own], capture_output=True, check=False)
 
 
+@pytest.mark.slow
+def test_a_rendered_dockerfile_finds_the_base_on_this_machine(docker_base, settings):
+    named = [docker_base, settings.resolved_base_image]
+    inspected = subprocess.run(["docker", "inspect", "--format", "{{.Id}}", *named], capture_output=True, check=True)
+    assert len(set(inspected.stdout.split())) == 1
+
+
 def test_an_extra_that_mlfuncs_does_not_have_is_refused():
     dataclasses.replace(find_source(), extras=("platform", "featurestore")).check_extras()
     with pytest.raises(NotFound, match="did you mean 'featurestore'"):

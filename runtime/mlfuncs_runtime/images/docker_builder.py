@@ -35,7 +35,9 @@ class DockerBuilder:
         """The base that the settings name, else the one of this release's Dockerfile, built when it is not there."""
         if self._settings.base_image:
             return _checked(self._inspect(self._pulled(self._settings.base_image, report)))
-        return self.make_base(find_source(), report)
+        made = self.make_base(find_source(), report)
+        self.tag(made.name, self._settings.resolved_base_image)  # what rendered Dockerfiles start from
+        return made
 
     def make_base(self, source: BaseSource, report: Report) -> BaseImage:
         """The base of this source, built when it is not there. Raises EnvironmentFailed with the build's last lines."""
