@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import http.client
 import json
 import os
@@ -136,6 +137,23 @@ def test_serves_a_bundle_until_sigterm_and_ends_within_a_second_when_idle(start:
     assert worker.process.wait(5) == 0
     assert time.monotonic() - began < 1
     assert not os.path.exists(worker.config.socket)
+
+
+def test_a_sigterm_that_does_not_wake_the_main_thread_ends_the_worker_all_the_same(start: Any) -> None:
+    """The kernel may hand it to another thread, or before the main one begins to wait: Python then only notes it."""
+
+    def slow(x: int) -> int:
+        import time
+
+        time.sleep(0.06)
+        return x
+
+    worker = start(slow).wait_ready()
+    assert worker.request("POST", "/", {"x": 1})[0] == 200
+    pid = worker.process.pid
+    other = next(int(task) for task in os.listdir(f"/proc/{pid}/task") if int(task) != pid)
+    assert ctypes.CDLL(None, use_errno=True).tgkill(pid, other, signal.SIGTERM) == 0
+    assert worker.process.wait(10) == 0
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

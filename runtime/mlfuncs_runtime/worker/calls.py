@@ -8,6 +8,7 @@ connection, a CUDA context) stays valid. While it is quick the main thread runs 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import os
 import threading
@@ -22,6 +23,8 @@ from typing import Any, Protocol
 from mlfuncs.errors import DeadlineExceeded, MlfuncsError, Overloaded
 from mlfuncs.serving.request_context import RequestContext
 from mlfuncs_runtime.worker.placement import Placement
+
+_SIGNALS_S = 0.25  # how late a signal may be noticed; as often as the guard looks
 
 
 class Calls(Protocol):
@@ -187,7 +190,7 @@ class ThreadCalls:
         """Take calls on this thread while another runs the loop, until the loop ends or moves here."""
         io = threading.Thread(target=loop.run_forever, name="http")
         io.start()
-        while (job := self._orders.get()) is not None:
+        while (job := self._next_order()) is not None:
             self._perform(job)
             if self._placement.inline:
                 loop.call_soon_threadsafe(loop.stop)
@@ -200,6 +203,15 @@ class ThreadCalls:
                 return
             if job is not None:
                 self._perform(job)
+
+    def _next_order(self) -> _Job | None:
+        """What this thread does next. It is the main thread, the one that runs Python's signal handlers.
+
+        A signal that comes right before it begins to wait, or to another thread, does not end the wait: none is long.
+        """
+        while True:
+            with contextlib.suppress(Empty):
+                return self._orders.get(timeout=_SIGNALS_S)
 
     def _take_jobs(self) -> None:
         while (job := self._jobs.get()) is not None:
