@@ -210,6 +210,9 @@ def _read_inputs(loaded: Loaded, call: Call) -> dict[str, Any]:
     for name, artifacts in given.get("artifacts", {}).items():
         if name in loaded.inputs:
             values[name] = _read_artifacts(loaded, name, artifacts.get("artifacts", []))
+    for parameter in loaded.signature.parameters:  # kfp gives nothing where None was given
+        if parameter.required and parameter.name not in values and loaded.inputs[parameter.name].optional:
+            values[parameter.name] = None
     return dict(loaded.signature.validate_python(values))
 
 
