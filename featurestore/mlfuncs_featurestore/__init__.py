@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 _NAMES = {
     "Aggregation": "declarations",
-    "Entity": "definitions",
+    "Entity": "views",
     "Expectation": "declarations",
     "FeatureService": "definitions",
     "FeatureStore": "store",
-    "FeatureView": "definitions",
+    "FeatureView": "views",
     "OnDemandView": "definitions",
-    "feature_view": "definitions",
+    "feature_view": "views",
     "on_demand": "definitions",
 }
 
@@ -24,13 +24,13 @@ __all__ = sorted(_NAMES)
 if TYPE_CHECKING:
     from mlfuncs_featurestore.declarations import Aggregation as Aggregation
     from mlfuncs_featurestore.declarations import Expectation as Expectation
-    from mlfuncs_featurestore.definitions import Entity as Entity
     from mlfuncs_featurestore.definitions import FeatureService as FeatureService
-    from mlfuncs_featurestore.definitions import FeatureView as FeatureView
     from mlfuncs_featurestore.definitions import OnDemandView as OnDemandView
-    from mlfuncs_featurestore.definitions import feature_view as feature_view
     from mlfuncs_featurestore.definitions import on_demand as on_demand
     from mlfuncs_featurestore.store import FeatureStore as FeatureStore
+    from mlfuncs_featurestore.views import Entity as Entity
+    from mlfuncs_featurestore.views import FeatureView as FeatureView
+    from mlfuncs_featurestore.views import feature_view as feature_view
 
 
 def __getattr__(name: str) -> Any:
