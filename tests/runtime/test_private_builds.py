@@ -30,14 +30,14 @@ from mlfuncs_runtime.images.prepare import requirements
 
 ROOT = Path(__file__).parents[2]
 AUTHORITY = "Example Corp Root CA"
-PRIVATE = (b"hunter2", b"index-user", b"swordfish", b"proxy-user", AUTHORITY.encode())
+PRIVATE = (b"index-word-81", b"index-user", b"swordfish", b"proxy-user", AUTHORITY.encode())
 
 
 class Index(http.server.SimpleHTTPRequestHandler):
     """A package index below a folder; every request must name the user."""
 
     def do_GET(self):
-        if self.headers.get("Authorization") == "Basic " + base64.b64encode(b"index-user:hunter2").decode():
+        if self.headers.get("Authorization") == "Basic " + base64.b64encode(b"index-user:index-word-81").decode():
             super().do_GET()
             return
         self.send_response(401)
@@ -107,7 +107,7 @@ def company(tmp_path, monkeypatch, request):
         yield (
             folder / "simple",
             {
-                "MLFUNCS_UV_INDEX_URL": f"https://index-user:hunter2@{address}:{port}/simple",
+                "MLFUNCS_UV_INDEX_URL": f"https://index-user:index-word-81@{address}:{port}/simple",
                 "HTTPS_PROXY": f"http://proxy-user:swordfish@{address}:{proxy_port}",
                 "SSL_CERT_FILE": str(authority),
                 "UV_NO_CACHE": "1",
@@ -156,7 +156,7 @@ def test_the_base_is_built_through_the_proxy_and_leaves_no_trace(docker_engine, 
         history = ["docker", "history", "--no-trunc", "--format", "json", base.name]
         described += subprocess.run(history, capture_output=True, check=True).stdout
         assert [word for word in PRIVATE if word in saved or word in described] == []
-        assert _stages_with(b"hunter2") == []
+        assert _stages_with(b"index-word-81") == []
     finally:
         subprocess.run(["docker", "rmi", "--force", base.name], capture_output=True, check=False)
 

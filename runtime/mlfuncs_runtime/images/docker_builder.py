@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -134,11 +135,22 @@ class DockerBuilder:
                     fileobj=file, custom_context=True, tag=tag, buildargs=source.arguments(self._settings),
                     rm=True, forcerm=True, decode=True,
                 )  # fmt: skip
-                try:
-                    _check_build(list(lines), tag)
-                finally:
-                    if private_arguments(self._settings):  # the history of the unnamed first stage has them
-                        self._client.images.prune({"dangling": True, "label": "dev.mlfuncs.stage=build"})
+                said = list(lines)
+            if private_arguments(self._settings):
+                self._remove_stage(said)
+            _check_build(said, tag)
+
+    def _remove_stage(self, lines: list[dict[str, Any]]) -> None:
+        """Remove the unnamed images of the first stage, whose history has the private arguments."""
+        made: list[str] = []
+        for line in lines:
+            text = str(line.get("stream", ""))
+            if made and re.match(r"Step \d+/\d+ : FROM", text):
+                break
+            made += re.findall(r"^ ---> ([0-9a-f]{12})$", text, re.MULTILINE)
+        for image in reversed(made[1:]):  # the first is the Python image; one that another build goes on with stays
+            with contextlib.suppress(APIError):
+                self._client.images.remove(image)
 
 
 def _check_build(lines: list[dict[str, Any]], tag: str) -> None:
