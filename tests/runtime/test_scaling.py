@@ -50,6 +50,20 @@ def test_load_brings_replicas_and_silence_takes_them_to_zero():
     assert world.step(150, 0.0) == 0
 
 
+def test_a_window_of_one_second_does_not_flap_under_a_steady_load():
+    world = World(min=0, max=2, window_s=1, grace_s=0, concurrency=10)
+    world.step(2, 1.0)
+    seen = set()
+    for _ in range(60):
+        seen.add(world.step(1, 1.0))
+        world.now_s += 0.5  # the supervisor looks twice a second, and no other second is over yet
+        world.scaler.tick([world.plan], world.observed(), {}, world.now_s)
+        seen.add(world.replicas)
+        world.now_s -= 0.5
+    assert seen == {1}
+    assert world.step(5, 0.0) == 0
+
+
 def test_the_minimum_and_the_maximum_hold():
     world = World(min=2, max=3, concurrency=1)
     assert world.step(1, 0.0) == 2

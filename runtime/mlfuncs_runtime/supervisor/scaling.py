@@ -125,7 +125,9 @@ class Scaler:
         key = (plan.name, revision)
         memory = self._memory(plan, revision, observed, now_s)
         for second, value in _measures(memory.config, measured):
-            memory.windows.record(second, value)
+            # A second is known once it is over: as Knative's scrapes, it counts for the time at which it was seen. In
+            # its own place it would be outside a window of one second before anybody looked.
+            memory.windows.record(second + 1, value)
         starting = sum(r.key == key and r.phase is Phase.STARTING for r in observed.replicas)
         observation = Observation(*memory.windows.averages(now_s), observed.ready(key), starting)
         decision, memory.state = decide(memory.config, observation, memory.state, now_s)
