@@ -39,9 +39,8 @@ def run_importer(spec: Mapping[str, Any], component: Component, inputs: Values, 
 
 def missing_imports(pipeline: Pipeline, params: Mapping[str, Any]) -> list[Problem]:
     """The importers that surely run and whose local file or folder is not there; what a step may make is left out."""
-    assert pipeline.root.dag is not None
     problems = []
-    for task in pipeline.root.dag.tasks.values():
+    for task in pipeline.root.dag.tasks.values() if pipeline.root.dag else ():
         executor = pipeline.executors.get(pipeline.component_of(task).executor or "", {})
         if "importer" not in executor or task.dependencies or task.condition or task.iterator:
             continue
