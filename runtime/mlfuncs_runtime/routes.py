@@ -47,6 +47,7 @@ class Route:
     `traffic` maps revision to a share; shares are relative weights above 0. `tags` maps a tag to a revision that
     `/<endpoint>--<tag>` reaches alone. `mirror` maps a revision to the percentage of requests copied to it.
     `concurrency` is how many requests one replica of a revision takes at once (0, or not named: no limit).
+    `broken_until_s` names revisions that failed to start time and again, and when each is tried next (monotonic).
     """
 
     endpoint: str
@@ -60,6 +61,7 @@ class Route:
     sticky_header: str = ""
     sticky_cookie: str = ""
     concurrency: Mapping[str, int] = field(default_factory=dict)
+    broken_until_s: Mapping[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values; `from_dict` gives an equal route back."""

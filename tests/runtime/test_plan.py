@@ -124,6 +124,12 @@ def test_the_route_names_only_replicas_of_reachable_revisions():
     assert entry.limits.timeout_s == 20
 
 
+def test_the_route_names_revisions_that_fail_time_and_again_until_their_next_start():
+    failures = {("churn", "rev-1"): Failures(3, 10.0, "ended"), ("churn", "rev-2"): Failures(9, 10.0, "ended")}
+    assert route(plan(), [], failures).broken_until_s == {"rev-1": 11.0}
+    assert route(plan(), [], {("churn", "rev-1"): Failures(2, 10.0, "ended")}).broken_until_s == {}
+
+
 def test_options_of_the_endpoint_reach_the_route():
     options = {
         "access": {"tokens": [{"sha256": "ab"}], "rate_per_s": 5.0, "cors_origins": ["https://a.example"]},

@@ -6,6 +6,7 @@ import asyncio
 import collections
 import dataclasses
 import socket
+import time
 from typing import Literal
 
 import pytest
@@ -77,6 +78,27 @@ def test_holds_requests_while_there_is_no_worker_and_wakes_the_supervisor() -> N
         harness.route(await harness.worker())
         bodies = [(await connection.reply()).json()["body"] for connection in connections]
         assert bodies == ["0", "1", "2", "3", "4"]
+
+    with_router(test)
+
+
+def test_what_waits_for_a_revision_that_does_not_start_is_told_so_until_it_is_tried_again() -> None:
+    async def test(harness: Harness) -> None:
+        harness.route()
+        waiting = await open_request(harness, "/predict", b"1")
+        endpoint = harness.router.core.endpoints["predict"]
+        await until(lambda: endpoint.queued == 1)
+        harness.route(broken_until_s={"rev-1": time.monotonic() + 25})
+        for reply in (await waiting.reply(), await harness.call("POST", "/predict", b"2")):
+            assert (reply.status, reply.json()["title"]) == (503, "Unavailable")
+            assert "mlfuncs logs predict" in reply.json()["detail"]
+            assert 20 <= int(reply.header("retry-after")) <= 25
+        assert endpoint.queued == 0
+        harness.route(broken_until_s={"rev-1": time.monotonic()})
+        waiting = await open_request(harness, "/predict", b"3")
+        await until(lambda: endpoint.queued == 1)
+        harness.route(await harness.worker(), broken_until_s={"rev-1": time.monotonic() + 25})
+        assert (await waiting.reply()).json()["body"] == "3"
 
     with_router(test)
 

@@ -122,6 +122,9 @@ class Endpoint:
         self._tidy(route)
         for revision in self.revisions.values():
             self.pump(revision)
+            if revision.queue and (broken := self._broken(revision)):
+                for request in list(revision.queue):
+                    self.core.fail(request, broken)
 
     def revision(self, name: str) -> RevisionState:
         """The revision's state, made when it is new."""
@@ -223,6 +226,10 @@ class Endpoint:
         if request.is_copy:
             self.core.fail(request, Unavailable("copies do not wait"))
             return
+        if not revision.replicas and (broken := self._broken(revision)):
+            self.reject("broken")
+            self.core.fail(request, broken)
+            return
         if self.queued >= limits.queue_size or self.queued_bytes + request.size > limits.queue_bytes:
             self.reject("queue")
             what = f"{self.queued} requests ({self.queued_bytes} bytes) wait for endpoint {self.name!r} already"
@@ -237,6 +244,16 @@ class Endpoint:
         self.queued_bytes += request.size
         if not revision.replicas:
             self.core.wake(self.name, revision.name)
+
+    def _broken(self, revision: RevisionState) -> Unavailable | None:
+        """The error while a revision without workers waits to be started again after failing time and again."""
+        if revision.replicas or not (until_s := self.route.broken_until_s.get(revision.name)):
+            return None
+        wait_s = until_s - time.monotonic()
+        if wait_s <= 0:  # it is being tried
+            return None
+        what = f"{revision.name} of endpoint {self.name!r} does not start; 'mlfuncs logs {self.name}' says why"
+        return Unavailable(what, max(1.0, math.ceil(wait_s)))
 
     def _retry_after_s(self) -> float:
         """About how long the queue takes at the pace of this moment, between 1 and 30 s."""

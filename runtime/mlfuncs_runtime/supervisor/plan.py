@@ -18,6 +18,7 @@ from mlfuncs_runtime.supervisor.reconcile import Failures, Key, Observed, Wish, 
 if TYPE_CHECKING:
     from mlfuncs.registry.endpoints import EndpointRow
 
+BROKEN_AFTER = 3  # guess: so many failures in a row are no accident, and callers need not wait for the next start
 FAILURES_ALLOWED = 1  # a rollout outlives one death of a starting process (a kill, a moment without memory)
 STOP_MARGIN_S = 5.0
 
@@ -179,7 +180,7 @@ def _waits_for(key: Key, ready: int, needed: int, observed: Observed) -> str:
     return f"{key[1]}: {ready} of {needed} workers ready"
 
 
-def route(plan: EndpointPlan, replicas: Iterable[Replica]) -> Route:
+def route(plan: EndpointPlan, replicas: Iterable[Replica], failures: Mapping[Key, Failures] = {}) -> Route:
     """The router's entry; `replicas` are those of this endpoint that are ready."""
     specs = {revision: plan.revisions[revision].spec for revision in sorted(plan.reachable)}
     options = plan.options
@@ -198,4 +199,9 @@ def route(plan: EndpointPlan, replicas: Iterable[Replica]) -> Route:
         sticky_header=options.get("sticky_header", ""),
         sticky_cookie=options.get("sticky_cookie", ""),
         concurrency={revision: spec.scale.concurrency for revision, spec in specs.items()},
+        broken_until_s={
+            revision: failure.last_s + failure.delay_s
+            for revision in specs
+            if (failure := failures.get((plan.name, revision), Failures())).count >= BROKEN_AFTER
+        },
     )

@@ -140,7 +140,7 @@ class Supervisor:
         wished: list[Wish] = [wish for plan in plans for wish in wishes(plan, self.scaler.scaled, self.scaler.waiting)]
         for action in reconcile(wished, observed, time.monotonic()):
             self.fleet.carry_out(action)
-        routes = [route(plan, self.fleet.routable(plan.name)) for plan in plans]
+        routes = [route(plan, self.fleet.routable(plan.name), observed.failures) for plan in plans]
         self.triggers.keep(plans, self.router.url)
         await self.router.configure(self.triggers.admit(routes))
         self.fleet.release()
