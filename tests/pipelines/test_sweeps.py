@@ -164,9 +164,14 @@ class Cluster:
         api.on_run = lambda body: threading.Thread(target=self._work, args=(body,)).start()
 
     def _work(self, body: dict) -> None:
-        pipeline = Pipeline.of(body["pipeline_spec"], {})
-        self.run = run_pipeline(pipeline, body["runtime_config"]["parameters"], self.settings)
-        self.api.states = ["SUCCEEDED" if self.run.status == "succeeded" else "FAILED"]
+        state = "FAILED"
+        try:
+            sent = body["pipeline_spec"]  # with the platform's part beside it, when steps need something of pods
+            pipeline = Pipeline.of(sent.get("pipeline_spec", sent), sent.get("platform_spec", {}))
+            self.run = run_pipeline(pipeline, body["runtime_config"]["parameters"], self.settings)
+            state = {"succeeded": "SUCCEEDED"}.get(self.run.status, state)
+        finally:
+            self.api.states = [state]
 
 
 @pytest.fixture
@@ -187,8 +192,8 @@ def test_on_kubeflow_the_very_same_ir_gives_the_same_table(cluster: Cluster, tmp
     assert there.best.outputs["model"].load().equals(data * (2**53 + 1)) and there.runs[0].logs == "depth 1\n"
     assert there.best.row.isolation == "kubeflow" and there.best.row.details["url"].endswith("/#/runs/details/r-1")
     (sent,) = [body for method, path, body in cluster.api.requests if method == "POST" and path.endswith("/runs")]
-    compiled = sweeps.sweep_pipeline(train, 2).ir.spec
-    assert sent["pipeline_spec"] == compiled
+    compiled = sweeps.sweep_pipeline(train, 2).ir
+    assert sent["pipeline_spec"] == {"pipeline_spec": compiled.spec, "platform_spec": compiled.platform}
     assert not list((tmp_path / "bucket" / "sweeps").rglob("*.json"))  # taken in, then removed
 
 
