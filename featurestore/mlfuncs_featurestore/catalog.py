@@ -162,7 +162,7 @@ class Catalog:
             upstream += [f"{other.kind}:{other.name}" for other in used]
         downstream = [f"{one.kind}:{one.name}" for one in everything if _uses(one, name) and one.name != name]
         names = [name, *(entry.partition(":")[2] for entry in downstream)]
-        downstream += consumers(open_registry(self.settings), names)
+        downstream += consumers(open_registry(self.settings), names, self.settings)
         return {"upstream": list(dict.fromkeys(upstream)), "downstream": downstream}
 
     def code(self, definition: FeatureView | OnDemandView) -> Callable[..., Any]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mlfuncs.registry import Registry
+    from mlfuncs.settings import Settings
 
 PARAM = "features."  # a run's parameter features.<view> is the table version it read
 RECENT_RUNS = 500
@@ -24,12 +25,12 @@ def note_versions(versions: Mapping[str, int]) -> None:
         log_params({f"{PARAM}{view}": version for view, version in versions.items()})
 
 
-def consumers(registry: Registry, names: Collection[str]) -> list[str]:
+def consumers(registry: Registry, names: Collection[str], settings: Settings) -> list[str]:
     """Functions, endpoints, runs and models built on the views or services `names`, as "kind:name".
 
     Runs are looked for among the newest 500.
     """
-    found = [*_served(registry, names), *_trained(registry, names)]
+    found = [*_served(registry, names), *_trained(registry, names, settings)]
     return list(dict.fromkeys(found))
 
 
@@ -46,11 +47,15 @@ def _served(registry: Registry, names: Collection[str]) -> Iterator[str]:
             yield f"endpoint:{endpoint.name}"
 
 
-def _trained(registry: Registry, names: Collection[str]) -> Iterator[str]:
+def _trained(registry: Registry, names: Collection[str], settings: Settings) -> Iterator[str]:
+    from mlfuncs.runs.values import as_handle
+
     runs = [run.id for run in registry.runs.list(limit=RECENT_RUNS)]
     for run_id, contents in registry.runs.contents(runs).items():
         if not any(f"{PARAM}{name}" in contents.params for name in names):
             continue
         yield f"run:{run_id}"
         made = {**contents.artifacts.get("output", {}), **contents.artifacts.get("logged", {})}
-        yield from (f"model:{run_id}/{name}" for name, ref in made.items() if ref.get("kind") == "model")
+        for name, document in made.items():
+            if getattr(as_handle(document, settings), "kind", "") == "model":
+                yield f"model:{run_id}/{name}"

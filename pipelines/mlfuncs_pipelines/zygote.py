@@ -36,6 +36,7 @@ import threading
 import time
 import traceback
 import types
+import warnings
 
 _FORK_SAFE_THREADS = {"jemalloc_bg_thd"}  # pyarrow's allocator, which has fork handlers of its own
 _SPARES = 2  # children forked ahead: with one, a step of 1 ms waits for the next child to be ready
@@ -306,4 +307,6 @@ def _thread_name(task):
 
 
 if __name__ == "__main__":
+    # Python 3.12 warns of every thread; `is_single_threaded` knows those that a fork survives
+    warnings.filterwarnings("ignore", ".*multi-threaded, use of fork", DeprecationWarning)
     Zygote(socket.socket(fileno=int(sys.argv[1]))).serve()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 
 import pandas as pd
+from sklearn.linear_model import LinearRegression
 
 import mlfuncs as ml
 from mlfuncs.registry import open_registry
@@ -25,11 +26,12 @@ def filled(settings):
     return store
 
 
-def train() -> float:
+def train() -> LinearRegression:
     """Trains on features inside a run."""
     store = FeatureStore(read_settings())
     spine = pd.DataFrame({"k": [1, 2], "event_timestamp": [NOW, NOW]})
-    return float(store.get_historical_features(spine, "churn").to_pandas()["amount"].sum())
+    amounts = store.get_historical_features(spine, "churn").to_pandas()["amount"]
+    return LinearRegression().fit(spine[["k"]], amounts)
 
 
 def test_the_table_of_features_shows_types_owners_and_a_sparkline(tmp_path):
@@ -56,4 +58,10 @@ def test_lineage_reaches_the_run_that_trained_on_a_view_and_the_function_that_is
     registry.functions.record("score", "d" * 64, {"spec": {"features": ["churn"]}})
     registry.endpoints.add_revision("score-live", "d" * 64, {})
     downstream = store.catalog.lineage("spend")["downstream"]
-    assert downstream == ["service:churn", "function:score", "endpoint:score-live", f"run:{run.id}"]
+    assert downstream == [
+        "service:churn",
+        "function:score",
+        "endpoint:score-live",
+        f"run:{run.id}",
+        f"model:{run.id}/output",
+    ]
