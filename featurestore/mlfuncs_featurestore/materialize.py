@@ -281,14 +281,16 @@ class _Run:
             yield self._in_reach(rows) if self._leaves_out else rows, whole.num_rows
 
     def _in_reach(self, rows: pa.Table) -> pa.Table:
-        """Events that a window reaches, and the last one of each entity, by which it is known."""
+        """Events that a window reaches or will reach, and the last one of each entity by now, by which it is known."""
         if not rows.num_rows:
             return rows
-        recent = whole_numbers(rows[self.view.timestamp]) > self._oldest_us
+        event = whole_numbers(rows[self.view.timestamp])
+        recent = event > self._oldest_us
         changes = np.ones(rows.num_rows, bool)  # files are sorted by entity and event time
         changes[:-1] = False
         for name in self.view.keys:
             column = rows[name].combine_chunks()
             differs = pc.not_equal(column.slice(0, len(column) - 1), column.slice(1))
             changes[:-1] |= differs.to_numpy(zero_copy_only=False)
+        changes[:-1] |= (event[:-1] <= self.now_us) & (event[1:] > self.now_us)  # what follows is of the future
         return rows.filter(pa.array(recent | changes))

@@ -7,7 +7,7 @@ import decimal
 import uuid
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from mlfuncs.errors import SpecError
@@ -42,6 +42,7 @@ VALUES = {
         {"lat": st.none() | st.floats(), "tags": st.none() | st.lists(text, max_size=2), "at": st.none() | moments}
     ),
 }
+PHASES = set(Phase) - {Phase.shrink, Phase.explain}  # shrinking rows of 16 fields takes minutes
 FIELDS = {f"f{number}": kind for number, kind in enumerate(VALUES)}
 
 
@@ -76,7 +77,8 @@ def test_decimals_are_refused_where_they_would_be_rounded_when_the_view_is_defin
 
 rows = st.fixed_dictionaries(
     {
-        "seconds": st.integers(-5, 130),
+        # a row up to a minute ahead is online before its time (clocks differ); one of the far future waits
+        "seconds": st.integers(0, 130) | st.just(-100_000),
         "user_id": st.integers(0, 1),
         "card": st.sampled_from([b"", b"\x00a"]),
         **{name: st.none() | VALUES[kind] for name, kind in FIELDS.items()},
@@ -84,7 +86,7 @@ rows = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, deadline=None, phases=PHASES, suppress_health_check=list(HealthCheck))
 @given(
     history=st.lists(rows, min_size=1, max_size=8),
     windows=st.lists(st.sampled_from(["1s", "10s", "1m", "2m"]), min_size=1, max_size=2, unique=True),
@@ -103,7 +105,7 @@ def test_online_equals_offline(shared_store, history, windows, aggregated, pushe
         shared_store.ingest(name, events[pushed:], now=NOW + datetime.timedelta(hours=1))
     if events[:pushed]:
         shared_store.push(name, events[:pushed], now=NOW, future="accept")
-    for microseconds in later:
+    for microseconds in sorted(later):
         at = NOW + datetime.timedelta(microseconds=microseconds)
         shared_store.materialize(name, now=at)
         found = verify(shared_store, name, now=at)

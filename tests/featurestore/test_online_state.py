@@ -182,3 +182,11 @@ def test_compaction_keeps_what_corrections_and_deletes_made(few_kept, history, n
         assert found.status.tolist() == expected.status.tolist()
         for feature in names:
             assert found.columns[feature].equals(expected.columns[feature]), feature
+
+
+def test_an_event_of_the_far_future_does_not_hide_the_last_one_before_now(shared_store, name):
+    shared_store.apply(view(name))
+    shared_store.ingest(name, [event(600, 1), event(500, 2), event(-86_400, 3)], now=NOW + datetime.timedelta(days=2))
+    shared_store.materialize(name, now=NOW)
+    assert read(shared_store, name, "amount") == [2.0]
+    assert is_equal(shared_store, name)
