@@ -2,6 +2,8 @@
 
 A pandas column of mixed Python objects has no Parquet type that gives the same objects back; such a table is refused
 here and takes another format when it is written. Nothing is guessed when it is read.
+
+Parquet names columns by text. Labels of another kind (0, a tuple) are kept beside the file as tagged JSON.
 """
 
 from __future__ import annotations
@@ -85,21 +87,51 @@ def _from_pandas(value: Any, metadata: dict[str, Any]) -> Any:
 
     frame = value
     if isinstance(value, pandas.Series):
-        from mlfuncs.codecs import tagged
-
-        metadata["name"] = tagged.dumps(value.name).decode()
+        metadata["name"] = _kept(value.name)
         frame = value.to_frame("value")
     if not frame.columns.is_unique:
         raise NotEncodable("a table with two columns of one name")
+    _refuse_changing(frame)
     try:
-        table = pyarrow.Table.from_pandas(frame)
+        table = pyarrow.Table.from_pandas(_labelled_in_text(frame, metadata))
     except (pyarrow.ArrowException, TypeError, ValueError) as exc:
         raise NotEncodable(f"a table that Arrow cannot hold: {exc}") from exc
     metadata["freq"] = getattr(frame.index, "freqstr", None)
     metadata["objects"] = [i for i in range(frame.shape[1]) if frame.iloc[:, i].dtype == object]
     metadata["object_labels"] = [axis for axis in ("index", "columns") if getattr(frame, axis).dtype == object]
-    _refuse_changing(frame)
     return table
+
+
+def _labelled_in_text(frame: Any, metadata: dict[str, Any]) -> Any:
+    """`frame` with text for each label and name that is none; what they were goes into `metadata`.
+
+    Raises NotEncodable for labels that have no tagged form, or that are the same as text (1 and "1").
+    """
+    import pandas
+
+    labels = list(frame.columns)
+    if frame.columns.dtype == object and not all(type(label) is str for label in labels):
+        metadata["labels"] = _kept(labels)
+        text = [str(label) for label in labels]
+        if len(set(text)) < len(text):
+            raise NotEncodable("a table with two columns whose names are the same as text")
+        frame = frame.set_axis(pandas.Index(text, dtype=object, name=frame.columns.name), axis=1)
+    for axis in ("index", "columns"):
+        names = list(getattr(frame, axis).names)
+        if any(name is not None and type(name) is not str for name in names):
+            metadata[f"{axis}_names"] = _kept(names)
+            frame = frame.rename_axis(**{axis: [None if name is None else str(name) for name in names]})
+    return frame
+
+
+def _kept(label: Any) -> str:
+    """A label as tagged JSON. Raises NotEncodable, also for one of a class, which reading would have to import."""
+    from mlfuncs.codecs import tagged
+
+    text = tagged.dumps(label)
+    if classes := tagged.classes_named(text):
+        raise NotEncodable(f"a table with a label of {', '.join(sorted(classes))}")
+    return text.decode()
 
 
 def _refuse_changing(frame: Any) -> None:
@@ -129,7 +161,7 @@ def _refuse_changing(frame: Any) -> None:
 def _to_pandas(table: Any, metadata: dict[str, Any], library: str) -> Any:
     import pandas
 
-    frame = _restore_objects(table.to_pandas(), metadata)
+    frame = _restore_labels(_restore_objects(table.to_pandas(), metadata), metadata)
     if metadata.get("freq") and isinstance(frame.index, pandas.DatetimeIndex):
         frame.index.freq = pandas.tseries.frequencies.to_offset(metadata["freq"])
     if library != "series":
@@ -153,6 +185,21 @@ def _restore_objects(frame: Any, metadata: dict[str, Any]) -> Any:
         labels = getattr(frame, axis)
         if labels.nlevels == 1 and labels.dtype != object:
             setattr(frame, axis, labels.astype(object))
+    return frame
+
+
+def _restore_labels(frame: Any, metadata: dict[str, Any]) -> Any:
+    """`frame` with the labels and names that were written as text as they were."""
+    import pandas
+
+    from mlfuncs.codecs import untagged
+
+    if "labels" in metadata:
+        labels = untagged.loads(metadata["labels"].encode())
+        frame.columns = pandas.Index(labels, dtype=object, tupleize_cols=False, name=frame.columns.name)
+    for axis in ("index", "columns"):
+        if f"{axis}_names" in metadata:
+            getattr(frame, axis).names = untagged.loads(metadata[f"{axis}_names"].encode())
     return frame
 
 

@@ -285,6 +285,13 @@ FRAMES: dict[str, pd.DataFrame] = {
         pd.Index(["a"], dtype=object), axis=1
     ),
     "whole-number column names": pd.DataFrame({0: [1], 1: [2]}),
+    "column names of several kinds": pd.DataFrame({"a": ["x", "y", "x"]}).groupby("a").size().reset_index(),
+    "a tuple and dates as column names": pd.DataFrame(
+        [[1, 2, 3]], columns=pd.Index([("a", 1), "b", datetime.date(2024, 1, 1)], tupleize_cols=False)
+    ),
+    "names of axes that are no text": pd.DataFrame(
+        {"a": [1]}, index=pd.MultiIndex.from_tuples([(1, 2)], names=[3, ("i", 1)])
+    ).rename_axis(columns=0),
     "intervals and periods": pd.DataFrame(
         {"i": pd.interval_range(0, 2), "p": pd.period_range("2024-01", periods=2, freq="M")}
     ),
@@ -317,6 +324,8 @@ class TestTables:
             pd.DataFrame({"o": [{"a": 1}]}),
             pd.DataFrame([[1, 2]], columns=["a", "a"]),
             pd.DataFrame([[1, 2]], columns=pd.MultiIndex.from_tuples([("a", 1), ("a", 2)])),
+            pd.DataFrame([[1, 2]], columns=pd.Index([1, "1"], dtype=object)),
+            pd.DataFrame({Color.RED: [1]}),
             pd.DataFrame({"a": pd.arrays.SparseArray([0, 1])}),
             pd.DataFrame(index=[1, 2]),
             pd.DataFrame({"a": [1]}, index=pd.Index([(1, 2)], tupleize_cols=False)),
