@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from mlfuncs.errors import MissingExtra, NotFound, SpecError
 from mlfuncs_featurestore import asof_kernels
@@ -34,6 +33,7 @@ from mlfuncs_featurestore.handed_in import read_handed_in
 from mlfuncs_featurestore.kernels import compiling
 from mlfuncs_featurestore.lineage import note_versions
 from mlfuncs_featurestore.offline import Snapshot
+from mlfuncs_featurestore.pandas_columns import pandas_column, pandas_frame
 from mlfuncs_featurestore.references import Selection, select, split_reference
 from mlfuncs_featurestore.spine import Spine
 from mlfuncs_featurestore.tables import cast_column, say_once
@@ -101,9 +101,10 @@ class HistoricalFeatures:
         """As a pandas frame; a spine that was one keeps its columns and index.
 
         Integers and booleans with nulls are Int64 and boolean (no digit is lost); a float column has NaN for null,
-        unless it has both, and then is double[pyarrow].
+        unless it has both, and then is double[pyarrow]; lists are lists and structs dicts of Python values, vectors
+        numpy arrays.
         """
-        base = self.spine.table.to_pandas() if self.spine.frame is None else self.spine.frame.copy(deep=False)
+        base = pandas_frame(self.spine.table) if self.spine.frame is None else self.spine.frame.copy(deep=False)
         for name in self.features.column_names:
             base[name] = pandas_column(self.features[name].combine_chunks(), base.index)
         return base
@@ -289,26 +290,3 @@ def _status_column(column: pa.Array, status: np.ndarray) -> pa.Array:
     missing = column.is_null().to_numpy(zero_copy_only=False)
     codes = np.where((status == PRESENT) & missing, NULL, status).astype(np.int8)
     return pa.DictionaryArray.from_arrays(pa.array(codes), pa.array(STATUSES)).dictionary_decode()
-
-
-def pandas_column(array: pa.Array, index: Any) -> Any:
-    """An Arrow array as a pandas Series that loses nothing; see HistoricalFeatures.to_pandas."""
-    import pandas as pd
-
-    kind = array.type
-    if array.null_count and (pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
-        return pd.Series(_masked(array), index=index)
-    if array.null_count and pa.types.is_floating(kind) and pc.any(pc.is_nan(array)).as_py():
-        return pd.Series(pd.arrays.ArrowExtensionArray(array), index=index)
-    series = array.to_pandas()
-    series.index = index
-    return series
-
-
-def _masked(array: pa.Array) -> Any:
-    import pandas as pd
-
-    mask = array.is_null().to_numpy(zero_copy_only=False)
-    if pa.types.is_boolean(array.type):
-        return pd.arrays.BooleanArray(array.fill_null(False).to_numpy(zero_copy_only=False).copy(), mask.copy())
-    return pd.arrays.IntegerArray(array.fill_null(0).to_numpy(zero_copy_only=False).copy(), mask.copy())

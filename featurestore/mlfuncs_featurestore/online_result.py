@@ -104,7 +104,7 @@ class OnlineFeatures:
         """As a frame, with the same types as `get_historical_features` gives."""
         import pandas as pd
 
-        from mlfuncs_featurestore.history import pandas_column
+        from mlfuncs_featurestore.pandas_columns import pandas_column
 
         index = pd.RangeIndex(self._size)
         frame = pd.DataFrame({name: list(column) for name, column in self.entities.items()}, index=index)
