@@ -15,6 +15,7 @@ import dataclasses
 import enum
 import inspect
 import json
+import math
 import sys
 import types
 import typing
@@ -22,6 +23,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from pydantic_core import to_jsonable_python
 
 from mlfuncs.errors import InvalidInput, SignatureError
 from mlfuncs.interface.signature import Parameter, Signature
@@ -156,7 +159,7 @@ def encode_constant(port: Port, value: Any) -> Any:
         if not isinstance(value, dict | list | str):
             raise
         checked = _from_json(port, value)  # a record or choice written as its JSON
-    text = writer.write(checked)
+    text = _written(port, writer, checked)
     return text.decode() if port.form == "json" else json.loads(text)
 
 
@@ -183,8 +186,28 @@ def encode_value(port: Port, value: Any) -> Any:
     """A result as the JSON value of an output parameter. Raises InvalidInput when it is not what was declared."""
     if type(value) is port.hint and port.hint in (int, str, bool):
         return value
-    text = _border(port.name, port.hint)[1].write(value)
+    text = _written(port, _border(port.name, port.hint)[1], value)
     return text.decode() if port.form == "json" else json.loads(text)
+
+
+def _written(port: Port, writer: Any, value: Any) -> bytes:
+    """The JSON of `value`. Raises InvalidInput for NaN and infinity, which would be null there."""
+    text: bytes = writer.write(value)
+    if b"null" in text and _has_no_json(to_jsonable_python(value, inf_nan_mode="constants", fallback=str)):
+        raise InvalidInput(
+            f"{port.name}: {str(value)[:80]} is or holds NaN or infinity, which a pipeline's parameters cannot carry; "
+            f"use None with a type like float | None, or an array or table",
+            [{"field": port.name, "message": "NaN or infinity"}],
+        )
+    return text
+
+
+def _has_no_json(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_has_no_json, value.values()))
+    if isinstance(value, list):
+        return any(map(_has_no_json, value))
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def build_borders(ports: list[Port]) -> None:

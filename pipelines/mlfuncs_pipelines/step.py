@@ -228,6 +228,15 @@ def _read_artifacts(loaded: Loaded, name: str, artifacts: list[Mapping[str, Any]
 
 
 def _call(loaded: Loaded, values: Mapping[str, Any], call: Call) -> Any:
+    """The function's result. A function that ends the process has none, and fails whatever its exit code."""
+    try:
+        return _invoke(loaded, values, call)
+    except SystemExit as exc:
+        message = f"the function ended the process with exit code {exc.code!r}; return a value instead"
+        raise SystemExit(message) from exc
+
+
+def _invoke(loaded: Loaded, values: Mapping[str, Any], call: Call) -> Any:
     from mlfuncs.runs.execution import invoke
 
     if call.track is None:

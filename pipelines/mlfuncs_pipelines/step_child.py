@@ -44,7 +44,7 @@ def run_child(message, loaded, farewell):
     except SystemExit as exc:
         code = exc.code if isinstance(exc.code, int) else int(exc.code is not None)
         if isinstance(exc.code, str):
-            print(exc.code, file=sys.stderr)
+            report(request, exc)
     except BaseException as exc:  # noqa: BLE001 - a step may raise anything; it is reported and ends the child
         report(request, exc)
     finish(code or 0, results, farewell)
