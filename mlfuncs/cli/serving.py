@@ -62,7 +62,7 @@ def promote(name: str, revision: str | None, json_wanted: bool) -> None:
 @_name
 @as_json
 def rollback(name: str, json_wanted: bool) -> None:
-    """Give all requests back to what served before the last change."""
+    """Give all requests back to the revision that had them all before the last change, or before a canary's splits."""
     from mlfuncs.serving.endpoints import endpoint
 
     endpoint(name).rollback()

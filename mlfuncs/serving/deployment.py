@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
+import re
 import uuid
 import warnings
 from collections.abc import Callable, Mapping
@@ -27,6 +29,7 @@ _ACCESS = ("rate_per_s", "burst", "cors_origins")
 _LIMITS = ("queue_size", "queue_bytes", "body_bytes")
 _STICKY = ("sticky_header", "sticky_cookie")
 _OWN = ("traffic", "wait_s")
+_TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]*")  # RFC 9110, section 5.6.2
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,9 @@ def read_options(function: Function[Any, Any], name: str | None, target: str, gi
     changes = {key: rest[key] for key in _OVERRIDES if key in rest}
     if function.with_options(**changes).spec.triggers and target not in ("process", "docker"):
         raise SpecError(f"triggers are run by a home's supervisor, not on target {target!r}: leave them out there")
+    wait_s = rest.get("wait_s", DEFAULT_WAIT_S)
+    if isinstance(wait_s, bool) or not isinstance(wait_s, int | float) or not wait_s >= 0:
+        raise SpecError(f"wait_s must be seconds of 0 or more, not {wait_s!r}")
     share = rest.get("traffic", 100)
     if not isinstance(share, int) or isinstance(share, bool) or not 0 <= share <= 100:
         raise SpecError(f"traffic is the new revision's percentage, a whole number from 0 to 100, not {share!r}")
@@ -76,7 +82,7 @@ def read_options(function: Function[Any, Any], name: str | None, target: str, gi
         spec=function.with_options(**changes).spec if changes else function.spec,
         init=init,
         traffic=share,
-        wait_s=float(rest.get("wait_s", DEFAULT_WAIT_S)),
+        wait_s=float(wait_s),
         options=_endpoint_options(rest),
     )
 
@@ -109,6 +115,7 @@ def add_revision(
         options = {**(desired.get("options") or {})}
         for part, values in deployment.options.items():
             options[part] = {**options.get(part, {}), **values} if isinstance(values, dict) else values
+        check_endpoint_options(options)  # also what an older release let through
         return start_rollout({**desired, "options": options}, rollout, traffic)
 
     return registry.endpoints.update(deployment.name, change), revision, rollout
@@ -214,15 +221,29 @@ def _check_init(function: Function[Any, Any], defaults: Mapping[str, Any], init:
 def _endpoint_options(given: Mapping[str, Any]) -> dict[str, Any]:
     options: dict[str, Any] = {key: given[key] for key in _STICKY if key in given}
     if access := {key: given[key] for key in _ACCESS if key in given}:
-        if isinstance(access.get("cors_origins"), str):
-            raise SpecError("cors_origins must be a list of origins, not one string")
         options["access"] = access
     if limits := {key: given[key] for key in _LIMITS if key in given}:
-        for key, value in limits.items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise SpecError(f"{key} must be a whole number of 0 or more, not {value!r}")
         options["limits"] = limits
+    check_endpoint_options(options)
     return options
+
+
+def check_endpoint_options(options: Mapping[str, Any]) -> None:
+    """Check the part of an endpoint's `desired` document on access, limits and stickiness. Raises SpecError."""
+    access, limits = options.get("access") or {}, options.get("limits") or {}
+    rate = access.get("rate_per_s", 0)
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not (rate >= 0 and math.isfinite(rate)):
+        raise SpecError(f"rate_per_s must be a number of requests a second, or 0 for no limit, not {rate!r}")
+    counts = {**limits, **{key: access[key] for key in ("burst",) if key in access}}
+    for key, value in counts.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise SpecError(f"{key} must be a whole number of 0 or more, not {value!r}")
+    origins = access.get("cors_origins", ())
+    if not isinstance(origins, list | tuple) or not all(isinstance(origin, str) for origin in origins):
+        raise SpecError(f"cors_origins must be a list of origins like 'https://app.example', not {origins!r}")
+    for key in _STICKY:
+        if not isinstance(name := options.get(key, ""), str) or not _TOKEN.fullmatch(name):
+            raise SpecError(f"{key} must be the name of a header or cookie, not {name!r}")
 
 
 def with_scale(spec: FunctionSpec, **bounds: Any) -> FunctionSpec:

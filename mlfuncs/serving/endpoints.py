@@ -158,7 +158,10 @@ class Endpoint:
         self._roll_out(lambda _desired, row: {revision or row.latest.revision: 100}, wait_s)
 
     def rollback(self, *, wait_s: float = _WAIT_S) -> None:
-        """Give all requests back to what served before the last change. Raises Conflict when there is nothing."""
+        """Give all requests back to the revision that had them all before the last change, or before a canary's splits.
+
+        Raises Conflict when there is none.
+        """
         self._roll_out(lambda desired, _row: rollback_traffic(desired, self.name), wait_s)
 
     def mirror(self, revision: str, percent: int = 100) -> None:

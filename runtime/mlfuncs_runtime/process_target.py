@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 START_S = 60.0
 _POLL_S = 1.0
+_DELETE_TRIES = 20  # of 30 s each: a worker may drain for as long as its function may take
 _FOLLOW_S = 0.2
 
 
@@ -88,8 +89,10 @@ class ProcessTarget:
         """Return when no process of the endpoint is left and its tombstone is gone."""
         self.apply(row)
         order = {"op": "wait_deleted", "endpoint": row.name, "project": row.project, "timeout_s": 30.0}
-        while not self._order(order, timeout_s=40.0)["deleted"]:
-            pass
+        for _ in range(_DELETE_TRIES):
+            if self._order(order, timeout_s=40.0)["deleted"]:
+                return
+        raise Unavailable(f"endpoint {row.name!r} is deleted, but its processes still run: see the logs in {self._places.logs}")
 
     # --- the home as a whole, for the command line
 

@@ -220,3 +220,17 @@ def test_in_a_worker_an_endpoint_is_reached_without_the_registry(monkeypatch: py
     monkeypatch.setenv("MLFUNCS_CALL_URL", "http://127.0.0.1:1234/{name}")
     assert endpoint("anything").url == "http://127.0.0.1:1234/anything"
     assert not (settings.home / "registry.db").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("rate_per_s", "a"), ("rate_per_s", -1), ("rate_per_s", float("nan")), ("rate_per_s", True), ("burst", 1.5),
+        ("cors_origins", "https://a.example"), ("cors_origins", [1]), ("sticky_header", "a b"), ("sticky_cookie", 3),
+        ("queue_size", -1), ("body_bytes", "1"), ("wait_s", "5"),
+    ],
+)  # fmt: skip
+def test_an_option_that_no_router_takes_is_refused_before_anything_is_stored(settings: Settings, option, value):
+    with pytest.raises(SpecError, match=option):
+        put(2.0, **{option: value})
+    assert open_registry(settings).endpoints.list() == []

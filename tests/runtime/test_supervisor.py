@@ -25,9 +25,11 @@ from mlfuncs.errors import (
     InvalidInput,
     MlfuncsError,
     NotFound,
+    SpecError,
     Unauthorized,
     Unavailable,
 )
+from mlfuncs.registry import open_registry
 from mlfuncs.serving.endpoints import Endpoint, deploy, endpoint, list_endpoints
 from mlfuncs.settings import Settings, read_settings
 from mlfuncs_runtime.process_target import ProcessTarget
@@ -407,3 +409,16 @@ def test_the_command_line_shows_what_runs(capfd: pytest.CaptureFixture[str]):
     assert "shown" in capfd.readouterr().out
     assert "shown" in list_endpoints()._repr_html_()
     assert str(shown["replicas"][0]["pid"]) in endpoint("shown")._repr_html_()
+
+
+def test_options_that_no_router_takes_are_a_failure_of_their_endpoint_alone(own_home: Settings) -> None:
+    deploy(ml.function(lambda n: n, name="bad"))
+    registry = open_registry(own_home)
+    registry.endpoints.update("bad", lambda desired, row: {**desired, "options": {"access": {"rate_per_s": "a"}}})
+    target().apply(registry.endpoints.get("bad"))
+    assert deploy(ml.function(lambda n: n, name="good")).invoke(n=1) == 1
+    wait_until(lambda: "rate_per_s" in endpoint("bad").status().message, "the reason in the status")
+    with pytest.raises(SpecError, match="rate_per_s"):
+        deploy(ml.function(lambda n: n + 1, name="bad"))
+    assert deploy(ml.function(lambda n: n + 1, name="bad"), rate_per_s=5.0).invoke(n=1) == 2
+    endpoint("bad").delete()

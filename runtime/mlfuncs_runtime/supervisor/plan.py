@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from mlfuncs.serving.deployment import check_endpoint_options
 from mlfuncs.serving.revision_config import RevisionConfig
 from mlfuncs_runtime.routes import Access, Limits, Replica, Route
 from mlfuncs_runtime.supervisor.reconcile import Failures, Key, Observed, Wish, ZygotePhase
@@ -181,7 +182,11 @@ def _waits_for(key: Key, ready: int, needed: int, observed: Observed) -> str:
 
 
 def route(plan: EndpointPlan, replicas: Iterable[Replica], failures: Mapping[Key, Failures] = {}) -> Route:
-    """The router's entry; `replicas` are those of this endpoint that are ready."""
+    """The router's entry; `replicas` are those of this endpoint that are ready.
+
+    Raises SpecError for options that no router takes, so that one endpoint's row keeps no other from being served.
+    """
+    check_endpoint_options(plan.options)
     specs = {revision: plan.revisions[revision].spec for revision in sorted(plan.reachable)}
     options = plan.options
     limits = {"timeout_s": max((specs[revision].timeout_s for revision in plan.traffic), default=Limits.timeout_s)}

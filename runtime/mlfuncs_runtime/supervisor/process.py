@@ -19,13 +19,14 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlfuncs.errors import Conflict, MlfuncsError, Unavailable
+from mlfuncs.errors import Conflict, MlfuncsError, SpecError, Unavailable
 from mlfuncs.settings import Settings, read_settings
 from mlfuncs_runtime.control import serve
+from mlfuncs_runtime.routes import Route
 from mlfuncs_runtime.supervisor import processes, sentinel
 from mlfuncs_runtime.supervisor.books import Books, Launch
 from mlfuncs_runtime.supervisor.desired import DesiredState
@@ -34,7 +35,7 @@ from mlfuncs_runtime.supervisor.launching import make_launch
 from mlfuncs_runtime.supervisor.places import Places, make_places, read_json, remove_sockets
 from mlfuncs_runtime.supervisor.plan import EndpointPlan, judge, route, wishes
 from mlfuncs_runtime.supervisor.processes import ProcessHandle
-from mlfuncs_runtime.supervisor.reconcile import Key, Wish, next_due_s, reconcile
+from mlfuncs_runtime.supervisor.reconcile import Failures, Key, Observed, Wish, next_due_s, reconcile
 from mlfuncs_runtime.supervisor.router_process import RouterProcess
 from mlfuncs_runtime.supervisor.scaling import Scaler
 from mlfuncs_runtime.supervisor.triggers import Triggers
@@ -140,7 +141,7 @@ class Supervisor:
         wished: list[Wish] = [wish for plan in plans for wish in wishes(plan, self.scaler.scaled, self.scaler.waiting)]
         for action in reconcile(wished, observed, time.monotonic()):
             self.fleet.carry_out(action)
-        routes = [route(plan, self.fleet.routable(plan.name), observed.failures) for plan in plans]
+        routes = list(self._routes(plans, observed))
         self.triggers.keep(plans, self.router.url)
         await self.router.configure(self.triggers.admit(routes))
         self.fleet.release()
@@ -150,6 +151,16 @@ class Supervisor:
         self.passes_done = number
         async with self.passed:
             self.passed.notify_all()
+
+    def _routes(self, plans: Iterable[EndpointPlan], observed: Observed) -> Iterator[Route]:
+        """The router's table, without endpoints whose options nobody can serve; that is a failure of theirs alone."""
+        for plan in plans:
+            try:
+                yield route(plan, self.fleet.routable(plan.name), observed.failures)
+            except SpecError as exc:
+                for revision in {**plan.traffic, **(plan.rollout.traffic if plan.rollout else {})}:
+                    if self.books.failures.get((plan.name, revision), Failures()).reason != str(exc):
+                        self.books.fail((plan.name, revision), str(exc), fatal=True)
 
     def _judge(self, plan: EndpointPlan) -> None:
         """Write down a rollout's end, once."""
