@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mlfuncs.errors import InvalidInput, NotFound, StorageError
+from mlfuncs_featurestore.ranges import check_range, exact_decimals
 from mlfuncs_featurestore.types import FLOATS, INTEGERS, FeatureType, parse_type
 
 BATCH_ROWS = 1_000_000
@@ -203,7 +204,9 @@ def cast_column(name: str, column: pa.ChunkedArray | pa.Array, kind: FeatureType
     try:
         if kind.kind == "vector":
             _check_vector(name, array, kind)
-        return array.cast(target, safe=kind.kind != "float32")
+        check_range(array, kind)
+        between = exact_decimals(array.type, kind)
+        return (array if between == array.type else array.cast(between)).cast(target, safe=kind.kind != "float32")
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as exc:
         raise _misfit(name, f"does not fit {kind}: {exc}", kind, array.type) from exc
 
