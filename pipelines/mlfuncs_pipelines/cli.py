@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,6 +16,9 @@ from mlfuncs.errors import InvalidInput, MlfuncsError, SpecError
 from mlfuncs.settings import read_settings
 from mlfuncs_pipelines.ir import Pipeline
 from mlfuncs_pipelines.run_log import PipelineRun
+
+if TYPE_CHECKING:
+    from mlfuncs_pipelines.engine import Observer
 
 
 @click.group()
@@ -57,11 +61,11 @@ def run(target: str, params: tuple[str, ...], as_json: bool, **options: Any) -> 
     """
     from mlfuncs_pipelines.runner import run_pipeline
 
-    def execute() -> PipelineRun:
+    def execute(observers: list[Observer]) -> PipelineRun:
         with only_json(as_json):
             loaded = load_ir(target)
         values = parse_params(params, loaded)
-        return run_pipeline(loaded, values, read_settings(), _options(options), [_observer(as_json)])
+        return run_pipeline(loaded, values, read_settings(), _options(options), observers)
 
     _report(execute, as_json)
 
@@ -128,7 +132,7 @@ def resume(run_id: str, as_json: bool, **options: Any) -> None:
     """Go on with a run that failed or was killed, at the step where it stopped."""
     from mlfuncs_pipelines.runner import resume_run
 
-    _report(lambda: resume_run(run_id, read_settings(), _options(options), [_observer(as_json)]), as_json)
+    _report(lambda observers: resume_run(run_id, read_settings(), _options(options), observers), as_json)
 
 
 def load_ir(target: str) -> Pipeline:
@@ -167,7 +171,7 @@ def _options(options: dict[str, Any]) -> Any:
     from mlfuncs_pipelines.engine import Options
 
     return Options(
-        parallel=options["parallel"] or 0,
+        parallel=options["parallel"],
         cache=options["cache"],
         ignore=frozenset(options["ignore"]),
         containers=options["containers"],
@@ -182,11 +186,14 @@ def _observer(as_json: bool) -> Any:
     return LineObserver(sys.stderr if as_json else sys.stdout)
 
 
-def _report(execute: Any, as_json: bool) -> None:
+def _report(execute: Callable[[list[Observer]], PipelineRun], as_json: bool) -> None:
     """Run, print the outcome, and leave with 0 for success, 1 for failure, 130 when interrupted."""
+    from mlfuncs_pipelines.display import LatestRun
+
     signal.signal(signal.SIGTERM, _interrupt)
+    latest = LatestRun()
     try:
-        finished: PipelineRun = execute()
+        finished = execute([latest, _observer(as_json)])
     except MlfuncsError as exc:
         if as_json:
             problem = exc.to_problem()
@@ -197,7 +204,8 @@ def _report(execute: Any, as_json: bool) -> None:
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         if as_json:
-            click.echo(json.dumps({"status": "cancelled", "error": "interrupted", "steps": [], "outputs": {}}))
+            begun = latest.run.to_dict() if latest.run else {"steps": [], "outputs": {}}
+            click.echo(json.dumps({**begun, "status": "cancelled", "error": "interrupted"}, default=str))
         raise SystemExit(130) from None
     if as_json:
         click.echo(json.dumps(finished.to_dict(), default=str))

@@ -42,6 +42,8 @@ class LineObserver(Observer):
             parts.append(record.reason)
         self._print(", ".join(parts))
 
+    attempt_failed = step_changed
+
     def step_logged(self, record: StepRecord, text: str) -> None:
         *lines, rest = (self._partial.pop(record.id, "") + text).split("\n")
         for line in lines:
@@ -63,6 +65,15 @@ class LineObserver(Observer):
     def _print(self, line: str) -> None:
         self._stream.write(line + "\n")
         self._stream.flush()
+
+
+class LatestRun(Observer):
+    """Keeps the run, also for when it is interrupted and so is not returned."""
+
+    run: PipelineRun | None = None
+
+    def run_started(self, run: PipelineRun) -> None:
+        self.run = run
 
 
 class TreeObserver(Observer):

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlfuncs.errors import ArtifactError, InvalidInput, MlfuncsError
+from mlfuncs.errors import ArtifactError, InvalidInput, MlfuncsError, SpecError
 from mlfuncs.settings import Settings
 from mlfuncs_pipelines.cache import Key, StepCache, are_intact, remember_digests, stamps_of
 from mlfuncs_pipelines.executor_io import read_outputs
@@ -61,6 +61,9 @@ class Observer:
     def step_changed(self, run: PipelineRun, record: StepRecord) -> None:
         """A step or group started or ended."""
 
+    def attempt_failed(self, run: PipelineRun, record: StepRecord) -> None:
+        """An attempt of a step failed, and the step will be tried again."""
+
     def step_logged(self, record: StepRecord, text: str) -> None:
         """A step printed `text` (whole lines)."""
 
@@ -70,13 +73,24 @@ class Observer:
 
 @dataclass(frozen=True)
 class Options:
-    """How to run: `parallel` steps at once, cached results used or not, containers by "docker" or "process"."""
+    """How to run: `parallel` steps at once, cached results used or not, containers by "docker" or "process".
 
-    parallel: int = 0  # 0: one per core, at least 4
+    Raises SpecError for a value that none of them takes.
+    """
+
+    parallel: int | None = None  # None: one per core, at least 4
     cache: bool = True
     ignore: frozenset[str] = frozenset()  # inputs that do not count for the cache
     containers: str = "docker"
     resume: bool = False
+
+    def __post_init__(self) -> None:
+        if self.parallel is not None and (type(self.parallel) is not int or self.parallel < 1):
+            raise SpecError(f"parallel must be a whole number of steps, 1 or more, not {self.parallel!r}")
+        if type(self.cache) is not bool:
+            raise SpecError(f"cache must be True or False, not {self.cache!r}")
+        if self.containers not in ("docker", "process"):
+            raise SpecError(f"containers must be 'docker' or 'process', not {self.containers!r}")
 
     @functools.cached_property
     def slots(self) -> int:
@@ -253,7 +267,7 @@ class Engine:
             try:
                 outputs = read_outputs(step.component, running.prepared.executor_input, ended.output)
             except (InvalidInput, ArtifactError) as exc:
-                reason = str(exc)
+                reason = f"{type(exc).__name__}: {exc}"
         remember_digests(ended.digests)
         if not reason and running.key is not None:
             origin = {"pipeline": self.pipeline.name, "run": self.run.id, "step": record.id}
@@ -273,7 +287,11 @@ class Engine:
     def _fail(self, record: StepRecord, reason: str) -> None:
         record.status, record.reason = "failed", reason
         self._journal(record, "failed", reason=reason, traceback=record.traceback)
-        self._obey(self._scheduler.fail(record.id, reason))
+        retriable = not reason.startswith("InvalidInput: ")  # the same values would come again
+        instructions = self._scheduler.fail(record.id, reason, retriable)
+        if any(isinstance(one, RunStep) and one.step.id == record.id for one in instructions):
+            self._tell("attempt_failed", self.run, record)
+        self._obey(instructions)
 
     def _journal(self, record: StepRecord, state: str, **fields: Any) -> None:
         measured = {"duration_s": record.duration_s, "max_rss_mib": record.max_rss_mib, "cached": record.cached}
@@ -284,7 +302,8 @@ class Engine:
         self._processes.stop(self.options.containers)
         for record in self.run.steps.values():
             if record.status == "running":
-                record.status = "cancelled"
+                record.status, record.duration_s = "cancelled", time.time() - record.started
+                self._tell("step_changed", self.run, record)
         self.run.status = "cancelled" if isinstance(cause, KeyboardInterrupt) else "failed"
         self.run.error = "interrupted" if isinstance(cause, KeyboardInterrupt) else f"{type(cause).__name__}: {cause}"
         self.run.duration_s = time.time() - self.run.started

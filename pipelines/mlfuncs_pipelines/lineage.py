@@ -53,6 +53,8 @@ class LineageObserver(Observer):
         event["outputs"] = _datasets(record.outputs)
         self._write(event)
 
+    attempt_failed = step_changed
+
     def run_ended(self, run: PipelineRun) -> None:
         self._write(self._event(_EVENTS[run.status], run.pipeline, _uuid(run.id)))
         if self._file is not None:

@@ -9,7 +9,7 @@ from mlfuncs.errors import NotFound, RunFailed
 from mlfuncs.settings import Settings, read_settings
 from mlfuncs_pipelines.engine import Options
 from mlfuncs_pipelines.run_log import PipelineRun, StepRecord
-from mlfuncs_pipelines.runner import resume_run, run_pipeline
+from mlfuncs_pipelines.runner import check_same, resume_run, run_pipeline
 
 if TYPE_CHECKING:
     from mlfuncs_pipelines.ir import Pipeline as IrPipeline
@@ -110,13 +110,17 @@ class LocalRun:
 
 
 def run_here(pipeline: Pipeline, params: Mapping[str, Any], options: Options, resume: str = "") -> LocalRun:
-    """Run a pipeline, or go on with the run `resume`. Raises RunFailed, with what to do next, when it fails."""
+    """Run a pipeline, or go on with the run `resume`. Raises RunFailed, with what to do next, when it fails.
+
+    Raises Conflict when `resume` is a run of another pipeline, was given other parameters than `params`, or runs.
+    """
     from mlfuncs_pipelines.display import observers_here
 
     settings = read_settings()
     compiled = pipeline.ir
     observers = observers_here(compiled)
     if resume:
+        check_same(resume, compiled, params, settings)
         run = resume_run(resume, settings, options, observers)
     else:
         run = run_pipeline(compiled, params, settings, options, observers)

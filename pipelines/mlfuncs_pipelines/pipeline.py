@@ -95,7 +95,7 @@ class Pipeline:
     def run(
         self,
         *,
-        parallel: int = 0,
+        parallel: int | None = None,
         cache: bool = True,
         ignore: Sequence[str] = (),
         containers: str = "docker",
@@ -105,11 +105,15 @@ class Pipeline:
         """Run on this machine and return the finished run.
 
         `parallel` steps at once; results of equal steps are reused unless `cache` is False, inputs named in `ignore`
-        do not count for that; `resume` is the id of an earlier run to go on with. Raises RunFailed when a step fails.
+        do not count for that; `resume` is the id of an earlier run of this pipeline to go on with, parameters and all.
+        Raises RunFailed when a step fails, SpecError for an option that cannot be, Conflict for a run to resume that
+        still runs or was given other parameters.
         """
         from mlfuncs_pipelines.engine import Options
         from mlfuncs_pipelines.local_run import run_here
 
+        if isinstance(ignore, str):
+            raise SpecError(f"ignore must be a list of inputs, not {ignore!r}; write ignore=[{ignore!r}]")
         options = Options(parallel, cache, frozenset(ignore), containers)
         return run_here(self, self._encode(params, _RUN_OPTIONS), options, resume)
 

@@ -75,6 +75,8 @@ class RegistryObserver(Observer):
             params = dict(record.inputs.parameters)
             self._put(_Item(self._row(run, record), params, _artifacts(record), journal))
 
+    attempt_failed = step_changed  # each attempt has a row
+
     def run_ended(self, run: PipelineRun) -> None:
         error = {"type": "StepFailed", "message": run.error, "traceback": ""} if run.error else None
         row = RunRow(
@@ -110,6 +112,8 @@ class RegistryObserver(Observer):
         ended = record.status != "running"
         failed = record.status == "failed"
         kind, _, message = record.reason.partition(": ")
+        if not kind.isidentifier():  # not "ValueError: ...", but a sentence
+            kind, message = "StepFailed", record.reason
         return RunRow(
             id=step_run_id(run.id, record),
             project=self._settings.project,

@@ -9,20 +9,22 @@ import secrets
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from mlfuncs.errors import NotFound
+from mlfuncs.errors import Conflict, NotFound, SpecError
 from mlfuncs.settings import Settings, ensure_home
 from mlfuncs_pipelines.engine import Engine, Observer, Options
 from mlfuncs_pipelines.inputs import complete_run
 from mlfuncs_pipelines.ir import Pipeline
 from mlfuncs_pipelines.lineage import LineageObserver
 from mlfuncs_pipelines.placeholders import uses
-from mlfuncs_pipelines.preflight import prepare
+from mlfuncs_pipelines.preflight import Plan, prepare
 from mlfuncs_pipelines.registry_record import RegistryObserver
+from mlfuncs_pipelines.run_lock import sole_engine
 from mlfuncs_pipelines.run_log import PipelineRun, read_journal, runs_folder
 from mlfuncs_pipelines.workers import WorkerPool
 
@@ -54,8 +56,31 @@ def resume_run(
 ) -> PipelineRun:
     """Go on with a run that failed or was killed: steps that ended well are not run again.
 
-    Raises NotFound for an unknown run.
+    Raises NotFound for an unknown run and Conflict for one that still runs.
     """
+    pipeline, params = _begun(run_id, settings)
+    folder = runs_folder(settings) / run_id
+    run = PipelineRun(run_id, pipeline.name, "running", params, folder, time.time(), pipeline.digest)
+    return _execute(pipeline, run, settings, replace(options or Options(), resume=True), observers)
+
+
+def check_same(run_id: str, pipeline: Pipeline, params: Mapping[str, Any], settings: Settings) -> None:
+    """Raise Conflict when the run is one of another pipeline, or was given other values than `params` has."""
+    earlier, taken = _begun(run_id, settings)
+    if earlier.name != pipeline.name:
+        raise Conflict(
+            f"run {run_id} is one of pipeline {earlier.name}, not of {pipeline.name}; resume it with that pipeline"
+        )
+    before = complete_run(taken, earlier).parameters
+    now = complete_run({**taken, **params}, pipeline).parameters
+    differing = [name for name in params if json.dumps(before.get(name)) != json.dumps(now[name])]
+    if differing:
+        values = ", ".join(f"{name}={before.get(name)!r}, not {now[name]!r}" for name in differing)
+        raise Conflict(f"run {run_id} was given {values}; leave them out to go on with it, or start a new run")
+
+
+def _begun(run_id: str, settings: Settings) -> tuple[Pipeline, Mapping[str, Any]]:
+    """The pipeline of a run that began, and the parameters that it was given. Raises NotFound."""
     folder = runs_folder(settings) / run_id
     first = next((event for event in read_journal(folder) if event["event"] == "run"), None)
     try:
@@ -64,11 +89,7 @@ def resume_run(
         documents = None
     if first is None or documents is None:
         raise NotFound("resumable pipeline run", run_id, hint="it ended before its first step; start it anew")
-    pipeline = Pipeline.of(documents["spec"], documents["platform"])
-    run = PipelineRun(run_id, pipeline.name, "running", first["params"], folder, time.time(), pipeline.digest)
-    given = options or Options()
-    resumed = Options(given.parallel, given.cache, given.ignore, given.containers, resume=True)
-    return _execute(pipeline, run, settings, resumed, observers)
+    return Pipeline.of(documents["spec"], documents["platform"]), first["params"]
 
 
 @contextlib.contextmanager
@@ -97,8 +118,33 @@ def _execute(
     pipeline: Pipeline, run: PipelineRun, settings: Settings, options: Options, observers: Sequence[Observer]
 ) -> PipelineRun:
     run.inputs = complete_run(run.params, pipeline).parameters  # a wrong value is told before any work
+    _check_ignored(options.ignore, pipeline)
     plans = prepare(pipeline, settings, options.containers, run.params)
     run.folder.mkdir(parents=True, exist_ok=True)
+    with sole_engine(run.folder):
+        return _execute_alone(pipeline, run, plans, settings, options, observers)
+
+
+def _check_ignored(ignored: Collection[str], pipeline: Pipeline) -> None:
+    inputs = {
+        name
+        for component in pipeline.components.values()
+        for name in (*component.input_parameters, *component.input_artifacts)
+    }
+    unknown = sorted(set(ignored) - inputs)
+    if unknown:
+        known = ", ".join(sorted(inputs)) or "none"
+        raise SpecError(f"ignore: no step of pipeline {pipeline.name} has an input {unknown[0]!r}; inputs: {known}")
+
+
+def _execute_alone(
+    pipeline: Pipeline,
+    run: PipelineRun,
+    plans: Mapping[str, Plan],
+    settings: Settings,
+    options: Options,
+    observers: Sequence[Observer],
+) -> PipelineRun:
     body = {"spec": pipeline.spec, "platform": pipeline.platform}
     (run.folder / "pipeline.json").write_text(json.dumps(body), encoding="utf-8")
     constants = _constants(pipeline, run.id, run.folder)

@@ -320,9 +320,12 @@ def test_ctrl_c_stops_the_steps_and_marks_the_run(settings: Settings, tmp_path: 
     process, started = _start(tmp_path, settings)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=30)
-    assert process.returncode == 130 and json.loads(output)["status"] == "cancelled"
+    body = json.loads(output)
+    assert (process.returncode, body["status"], body["error"]) == (130, "cancelled", "interrupted")
+    assert {step["id"]: step["status"] for step in body["steps"]} == {"touch": "succeeded", "wait-for": "cancelled"}
     assert _is_gone(int(started.read_text().split()[0]))
     run_id = known_runs(runs_folder(settings))[0]
+    assert body["run_id"] == run_id
     assert read_journal(runs_folder(settings) / run_id)[-1]["status"] == "cancelled"
     (tmp_path / "go").touch()
     assert resume_run(run_id, settings).status == "succeeded"
