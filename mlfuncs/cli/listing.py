@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mlfuncs.cli.output import as_json, emit, table
 from mlfuncs.errors import InvalidInput, NotFound
 from mlfuncs.settings import read_settings
+
+if TYPE_CHECKING:
+    from mlfuncs.runs.run import Run
 
 _limit = click.option("--limit", default=20, show_default=True, help="How many at most.")
 
@@ -41,7 +44,10 @@ def models(limit: int, json_wanted: bool) -> None:
 @click.option("-n", "--lines", default=100, show_default=True, help="How many of the last lines.")
 @as_json
 def logs(name: str, follow: bool, lines: int, json_wanted: bool) -> None:
-    """Show the log of the endpoint NAME, or of the run whose id starts with NAME."""
+    """Show the log of the endpoint NAME, or of the run whose id starts with NAME.
+
+    The log of a pipeline run is those of its steps, each line with the step's name.
+    """
     from mlfuncs.serving.endpoints import endpoint
 
     try:
@@ -66,8 +72,15 @@ def _run_logs(name: str, lines: int, json_wanted: bool, no_endpoint: NotFound) -
         raise NotFound(
             "endpoint or run", name, no_endpoint.near, hint="See 'mlfuncs ls' and 'mlfuncs ls runs'."
         ) from None
-    text = run.logs.splitlines()[-lines:]
+    text = _log_of(run).splitlines()[-lines:]
     emit({"run": run.id, "lines": text}, json_wanted, "\n".join(text))
+
+
+def _log_of(run: Run) -> str:
+    """What the run printed; of a pipeline run each line of its steps with the step's name before it."""
+    if run.row.kind != "pipeline":
+        return run.logs
+    return "\n".join(f"[{step.row.step}] {line}" for step in run.children() for line in step.logs.splitlines())
 
 
 Rows = tuple[list[dict[str, Any]], tuple[str, ...]]
