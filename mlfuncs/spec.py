@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,11 @@ from mlfuncs.triggers import Trigger, check_triggers, trigger_from_dict, trigger
 _QUANTITY = re.compile(r"(\d+(?:\.\d+)?)(Ki|Mi|Gi|Ti|k|M|G|T|)")
 _FACTORS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,51}[a-z0-9])?")
+_KINDS: dict[str, tuple[type, str]] = {
+    "int": (numbers.Integral, "a whole number"),
+    "float": (numbers.Real, "a number"),
+    "str": (str, "text"),
+}
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -63,10 +69,12 @@ class Resources:
     gpu_type: str = "nvidia.com/gpu"
 
     def __post_init__(self) -> None:
+        _require(not isinstance(self.cpu, str), f"cpu is a number of cores like 0.5, not {self.cpu!r}")
+        _check_kinds(self, "")
         _require(self.cpu is None or self.cpu > 0, f"cpu must be above 0 cores, not {self.cpu!r}")
         _require(self.gpu >= 0, f"gpu must be 0 or more, not {self.gpu!r}")
-        if self.memory is not None:
-            parse_memory(self.memory)
+        if self.memory is not None and parse_memory(self.memory) < 2**20:
+            raise SpecError(f"memory {self.memory!r} is less than a mebibyte: write it like '512Mi' or '2Gi'")
 
     @property
     def memory_bytes(self) -> int | None:
@@ -96,6 +104,7 @@ class Scale:
     initial: int = 1
 
     def __post_init__(self) -> None:
+        _check_kinds(self, "scale.")
         _require(self.min >= 0, f"scale.min must be 0 or more, not {self.min!r}")
         _require(self.max >= 1, f"scale.max must be 1 or more, not {self.max!r}")
         _require(self.min <= self.max, f"scale.min ({self.min}) is above scale.max ({self.max})")
@@ -119,6 +128,7 @@ class Batch:
     max_wait_ms: float = 0.0
 
     def __post_init__(self) -> None:
+        _check_kinds(self, "batch.")
         _require(self.max_size >= 1, f"batch.max_size must be 1 or more, not {self.max_size!r}")
         _require(self.max_wait_ms >= 0, f"batch.max_wait_ms must be 0 or more, not {self.max_wait_ms!r}")
 
@@ -138,8 +148,13 @@ class Pod:
     runtime_class: str = ""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tolerations", tuple(self.tolerations))
-        object.__setattr__(self, "image_pull_secrets", tuple(self.image_pull_secrets))
+        _check_kinds(self, "pod.")
+        for key, example in (
+            ("tolerations", "[{'key': 'gpu', 'operator': 'Exists'}]"),
+            ("image_pull_secrets", "['s']"),
+        ):
+            _require(not isinstance(getattr(self, key), str), f"pod.{key} is a list, like {example}, not one string")
+            object.__setattr__(self, key, tuple(getattr(self, key)))
         for path, source in self.volumes.items():
             _require(path.startswith("/"), f"pod.volumes: mount path {path!r} must be absolute, like '/models'")
             one_kind = isinstance(source, Mapping) and len(source) == 1
@@ -166,6 +181,7 @@ class FunctionSpec:
     triggers: tuple[Trigger, ...] = ()  # what calls the endpoint besides HTTP
 
     def __post_init__(self) -> None:
+        _check_kinds(self, "")
         check_name("function", self.name)
         self._own_collections()
         _require(
@@ -189,11 +205,15 @@ class FunctionSpec:
     def _own_collections(self) -> None:
         """Copies of what was given, as the declared types: a change to the caller's list or dict does not reach in."""
         for key in ("secrets", "features"):
+            given = getattr(self, key)
+            _require(not isinstance(given, str), f"{key} is a list: write {key}=[{given!r}]")
             object.__setattr__(self, key, tuple(getattr(self, key)))
         object.__setattr__(self, "triggers", check_triggers(self.triggers))
         for key in ("env", "labels"):
             object.__setattr__(self, key, dict(getattr(self, key)))
         if self.requirements is not None:
+            given = self.requirements
+            _require(not isinstance(given, str), f"requirements is a list: write requirements=[{given!r}]")
             object.__setattr__(self, "requirements", tuple(self.requirements))
 
     def to_dict(self) -> dict[str, Any]:
@@ -243,6 +263,17 @@ class FunctionSpec:
                 "triggers": tuple(trigger_from_dict(trigger) for trigger in values.get("triggers") or ()),
             }
         )
+
+
+def _check_kinds(spec: Any, prefix: str) -> None:
+    """Raise SpecError for a number or text of another type: a comparison with it would fail with less to say."""
+    for field_ in dataclasses.fields(spec):
+        kind, _, optional = str(field_.type).partition(" | ")
+        value = getattr(spec, field_.name)
+        if kind in _KINDS and not (value is None and optional):
+            wanted, words = _KINDS[kind]
+            is_one = isinstance(value, wanted) and not isinstance(value, bool)
+            _require(is_one, f"{prefix}{field_.name} must be {words}, not {value!r}")
 
 
 def _check_requirements(requirements: tuple[str, ...]) -> None:

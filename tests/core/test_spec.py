@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlfuncs.errors import SpecError
-from mlfuncs.spec import Batch, FunctionSpec, Resources, Scale, check_name, parse_memory, slugify
+from mlfuncs.spec import Batch, FunctionSpec, Pod, Resources, Scale, check_name, parse_memory, slugify
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_unknown_keys_of_a_stored_spec_are_named() -> None:
 
 
 def test_memory_in_bytes_or_no_limit() -> None:
-    assert Resources(memory="1Ki").memory_bytes == 1024
+    assert Resources(memory="1Mi").memory_bytes == 1_048_576
     assert Resources().memory_bytes is None
 
 
@@ -123,3 +123,24 @@ def test_a_spec_does_not_change_when_its_mappings_do() -> None:
     secrets.append("C")
     assert spec.env == {"A": "b"}
     assert spec.secrets == ("B",)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Scale(min="1"), "scale.min must be a whole number, not '1'"),
+        (lambda: Scale(min=True), "scale.min must be a whole number, not True"),
+        (lambda: Scale(window_s="6"), "scale.window_s must be a number"),
+        (lambda: Resources(cpu="500m"), "number of cores like 0.5"),
+        (lambda: Resources(memory=-1), "memory must be text"),
+        (lambda: Resources(memory="1"), "less than a mebibyte"),
+        (lambda: Resources(gpu=1.5), "gpu must be a whole number"),
+        (lambda: Pod(tolerations="x"), "pod.tolerations is a list"),
+        (lambda: FunctionSpec("f", timeout_s="5"), "timeout_s must be a number"),
+        (lambda: FunctionSpec("f", secrets="KEY"), r"write secrets=\['KEY'\]"),
+        (lambda: FunctionSpec("f", requirements="numpy"), r"write requirements=\['numpy'\]"),
+    ],
+)  # fmt: skip
+def test_a_value_of_another_type_is_refused_with_what_is_wanted(make, message):
+    with pytest.raises(SpecError, match=message):
+        make()
