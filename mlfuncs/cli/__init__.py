@@ -20,7 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "up": ("mlfuncs.cli.home:up", "Start the supervisor and the endpoints of this home."),
     "down": ("mlfuncs.cli.home:down", "Stop everything of this home."),
     "status": ("mlfuncs.cli.home:status", "Show what runs; --watch keeps it on the screen."),
-    "ls": ("mlfuncs.cli.listing:ls", "List endpoints, runs, functions, artifacts or models."),
+    "ls": ("mlfuncs.cli.listing:ls", "List endpoints, runs, functions or artifacts."),
     "models": ("mlfuncs.cli.listing:models", "List stored models."),
     "logs": ("mlfuncs.cli.listing:logs", "Show the log of an endpoint or a run; -f follows."),
     "run": ("mlfuncs.cli.running:run", "Run FILE:FUNCTION as a tracked run."),

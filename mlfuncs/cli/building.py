@@ -59,7 +59,7 @@ def build(
     "place",
     default="kubernetes",
     show_default=True,
-    help="knative, kubernetes, nuclio, docker, buildkit, kaniko.",
+    help="knative, kubernetes, nuclio, job, docker, buildkit, kaniko.",
 )
 @click.option("--image", default="", help="The image to name (default: what deploy would push).")
 @click.option("--diff", is_flag=True, help="Compare with the cluster instead; changes nothing.")

@@ -13,7 +13,7 @@ import yaml
 from kubernetes import client
 
 from mlfuncs.cli import main
-from mlfuncs.errors import NotFound
+from mlfuncs.errors import NotFound, SpecError
 from mlfuncs.loading import load_target
 from mlfuncs_runtime.images.builder import MemoryBuilder
 from mlfuncs_runtime.kubernetes.cluster import Cluster
@@ -21,6 +21,7 @@ from mlfuncs_runtime.manifests.builds import BuildJob, render_build_job
 from mlfuncs_runtime.manifests.platform import render_compose, render_platform
 from mlfuncs_runtime.rendering import TARGETS, build_image, differences, render
 
+GOLDEN = Path(__file__).parent / "golden" / "manifests"
 _spec = importlib.util.spec_from_file_location("fake_kubernetes", Path(__file__).with_name("fake_kubernetes.py"))
 fake_kubernetes = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(fake_kubernetes)
@@ -105,7 +106,8 @@ def test_diff_says_what_an_apply_would_change_and_changes_nothing(target, settin
         fake.close()
 
 
-def test_the_platform_is_one_namespace_with_least_rights(capsys):
+def test_the_platform_is_one_namespace_with_least_rights(capsys, monkeypatch):
+    monkeypatch.setenv("MLFUNCS_KUBERNETES_NAMESPACE", "ml")
     documents = list(yaml.safe_load_all(run(capsys, "render", "platform").out))
     for document in documents:
         kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
@@ -113,7 +115,17 @@ def test_the_platform_is_one_namespace_with_least_rights(capsys):
     (role,) = [document for document in documents if document["kind"] == "Role"]
     assert not any("*" in rule["verbs"] + rule["resources"] for rule in role["rules"])
     assert not any("secrets" in rule["resources"] for rule in role["rules"])
-    assert render_platform("ml")[0]["metadata"]["name"] == "ml"
+    assert documents[0]["metadata"]["name"] == "ml"
+    deny, allow = [document["spec"] for document in documents if document["kind"] == "NetworkPolicy"]
+    assert deny == {"podSelector": {}, "policyTypes": ["Ingress"]}
+    function = yaml.safe_load((GOLDEN / "knative-plain.yaml").read_text())["spec"]["template"]["metadata"]["labels"]
+    assert allow["podSelector"]["matchLabels"].items() <= function.items()
+    assert {port["port"] for rule in allow["ingress"] for port in rule["ports"]} >= {8080, 8012}  # Nuclio's, Knative's
+
+
+def test_the_platform_does_not_take_over_the_default_namespace():
+    with pytest.raises(SpecError, match="MLFUNCS_KUBERNETES_NAMESPACE"):
+        render_platform("default")
 
 
 def test_compose_publishes_on_loopback_only_and_has_no_password_in_it():

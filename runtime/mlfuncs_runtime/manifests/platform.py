@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mlfuncs.errors import SpecError
 from mlfuncs_runtime.manifests.routing import KubernetesOptions, reference_grant
 from mlfuncs_runtime.manifests.workload import MANAGER
 
@@ -28,15 +29,25 @@ _RULES: tuple[tuple[str, list[str], list[str]], ...] = (
     ("gateway.networking.k8s.io", ["httproutes"], _WRITE),
 )
 _DEPLOYER = "mlfuncs-deployer"
+# a function's own port (8080), and those of Knative's queue-proxy: requests in HTTP/1, HTTP/2 and TLS, metrics
+_PORTS = (8080, 8012, 8013, 8112, 9090, 9091)
 _REDIS_PASSWORD = "${REDIS_PASSWORD:?set REDIS_PASSWORD}"
 
 
 def render_platform(namespace: str, options: KubernetesOptions = KubernetesOptions()) -> list[dict[str, Any]]:
     """The namespace under the restricted pod security standard, and a deployer that may do what targets need there.
 
-    The Role reads no Secret: functions refer to secrets, and nobody who deploys them sees a value. With KEDA behind a
-    Gateway, KEDA's namespace gets the grant that routes need.
+    The Role reads no Secret: functions refer to secrets, and nobody who deploys them sees a value. Nothing reaches a pod
+    but requests to functions, on whichever target. With KEDA behind a Gateway, KEDA's namespace gets the grant that
+    routes need.
+
+    Raises SpecError for the namespace "default", which others' pods are in.
     """
+    if namespace == "default":
+        raise SpecError(
+            "the platform's objects restrict every pod of their namespace, so it has one of its own: set "
+            "MLFUNCS_KUBERNETES_NAMESPACE, e.g. to 'mlfuncs'"
+        )
     granted = [reference_grant(namespace, options.keda)] if options.keda and options.gateway else []
     labels = {"app.kubernetes.io/managed-by": MANAGER}
     enforced = {"pod-security.kubernetes.io/enforce": "restricted", "pod-security.kubernetes.io/warn": "restricted"}
@@ -60,6 +71,16 @@ def render_platform(namespace: str, options: KubernetesOptions = KubernetesOptio
             "kind": "NetworkPolicy",
             "metadata": {"name": "mlfuncs-default-deny", "namespace": namespace, "labels": labels},
             "spec": {"podSelector": {}, "policyTypes": ["Ingress"]},
+        },
+        {
+            "apiVersion": "networking.k8s.io/v1",
+            "kind": "NetworkPolicy",
+            "metadata": {"name": "mlfuncs-functions", "namespace": namespace, "labels": labels},
+            "spec": {
+                "podSelector": {"matchLabels": labels},
+                "policyTypes": ["Ingress"],
+                "ingress": [{"ports": [{"port": port, "protocol": "TCP"} for port in _PORTS]}],
+            },
         },
         *granted,
     ]
