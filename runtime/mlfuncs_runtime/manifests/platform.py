@@ -37,9 +37,9 @@ _REDIS_PASSWORD = "${REDIS_PASSWORD:?set REDIS_PASSWORD}"
 def render_platform(namespace: str, options: KubernetesOptions = KubernetesOptions()) -> list[dict[str, Any]]:
     """The namespace under the restricted pod security standard, and a deployer that may do what targets need there.
 
-    The Role reads no Secret: functions refer to secrets, and nobody who deploys them sees a value. Nothing reaches a pod
-    but requests to functions, on whichever target. With KEDA behind a Gateway, KEDA's namespace gets the grant that
-    routes need.
+    The Role reads no Secret: functions refer to secrets, and nobody who deploys them sees a value. Nothing reaches a
+    pod but requests to functions, on whichever target. With KEDA behind a Gateway, KEDA's namespace gets the grant
+    that routes need.
 
     Raises SpecError for the namespace "default", which others' pods are in.
     """
