@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlfuncs.errors import NotFound, SpecError
-from mlfuncs_featurestore.durations import parse_duration
+from mlfuncs_featurestore.durations import format_duration, parse_duration
 from mlfuncs_featurestore.types import FeatureType, parse_type
 
 FUNCTIONS = ("sum", "mean", "count", "min", "max", "std", "first", "last", "count_distinct", "top_k")
@@ -64,19 +64,19 @@ class Aggregation:
 
     column: str
     functions: Sequence[str]
-    windows: Sequence[str]
+    windows: Sequence[Any]  # "1h" or a timedelta, which becomes its shortest spelling
     k: int = 10
     exact_bound: int = 1000
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "functions", as_names("functions", self.functions))
-        object.__setattr__(self, "windows", tuple(w.strip().lower() for w in as_names("windows", self.windows)))
+        object.__setattr__(self, "windows", tuple(map(_window, as_names("windows", self.windows))))
         if not self.functions or not self.windows:
             raise SpecError(f"the aggregation of {self.column!r} names no function or no window")
         for function in self.functions:
             if function not in FUNCTIONS:
                 raise SpecError(str(NotFound("aggregation function", str(function), FUNCTIONS)))
-        lengths = [parse_duration(window, "window") for window in self.windows]
+        lengths = [parse_duration(window) for window in self.windows]
         if len(set(lengths)) != len(lengths) or len(set(self.functions)) != len(self.functions):
             raise SpecError(f"the aggregation of {self.column!r} names a function or a window twice")
         if not 1 <= self.k <= 1000:
@@ -124,6 +124,12 @@ class Aggregation:
     def from_dict(cls, values: Mapping[str, Any]) -> Aggregation:
         """The aggregation that `to_dict` wrote."""
         return cls(**values)
+
+
+def _window(window: Any) -> str:
+    """A window as it stands in feature names. Raises SpecError."""
+    length = parse_duration(window, "window")
+    return window.strip().lower() if isinstance(window, str) else format_duration(length)
 
 
 def _result_type(column: str, function: str, source: FeatureType) -> FeatureType:

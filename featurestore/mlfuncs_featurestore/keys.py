@@ -128,6 +128,13 @@ def _canonical_string(name: str, value: Any) -> str:
     return value
 
 
+def _encode_string(name: str, value: Any) -> bytes:
+    try:
+        return b"s" + _canonical_string(name, value).encode()
+    except UnicodeEncodeError:
+        raise _bad(name, value, "is not valid Unicode text: half of a surrogate pair stands alone") from None
+
+
 def _canonical_uuid(name: str, value: Any) -> str:
     if isinstance(value, uuid.UUID):
         return str(value)
@@ -166,7 +173,7 @@ _CANONICAL: dict[str, Callable[[str, Any], Any]] = {
 }
 _ENCODERS: dict[str, Callable[[str, Any], bytes]] = {
     "int64": lambda name, value: b"i%d" % _canonical_int(name, value),
-    "string": lambda name, value: b"s" + _canonical_string(name, value).encode(),
+    "string": _encode_string,
     "uuid": lambda name, value: b"u" + uuid.UUID(_canonical_uuid(name, value)).bytes,
     "bytes": lambda name, value: b"b" + _canonical_bytes(name, value),
 }

@@ -1,12 +1,13 @@
 """Numbers that do not fit a feature type, found before Arrow casts them.
 
-Owns: `check_range` and `exact_decimals`, for what Arrow's own casts do not do: they turn a float64 beyond float32 into
-inf in silence, and refuse integers for a decimal because of their type instead of their value. Both look into lists,
-vectors and structs. Pure.
+Owns: `check_range`, `exact_decimals` and `beyond_int64`, for what Arrow's own casts do not do: they turn a float64
+beyond float32 into inf in silence, and refuse integers for a decimal because of their type instead of their value. The
+first two look into lists, vectors and structs. Pure.
 """
 
 from __future__ import annotations
 
+import decimal
 from collections.abc import Iterator
 
 import pyarrow as pa
@@ -24,12 +25,26 @@ def check_range(array: pa.Array, kind: FeatureType) -> None:
         if leaf.kind == "float32" and pa.types.is_float64(numbers.type):
             lost = pc.and_(pc.is_inf(numbers.cast(pa.float32(), safe=False)), pc.is_finite(numbers))
             _refuse(numbers, lost, f"-{_FLOAT32_MAX} to {_FLOAT32_MAX}")
-        elif leaf.kind == "decimal" and pa.types.is_integer(numbers.type):
-            bound = 10 ** (leaf.precision - leaf.scale) - 1
-            if bound < 2**63:
-                wide = numbers.cast(pa.decimal128(_INT64_DIGITS, 0))
-                limit = pa.scalar(bound, pa.decimal128(_INT64_DIGITS, 0))
-                _refuse(numbers, pc.greater(pc.abs(wide), limit), f"-{bound} to {bound} before the decimal point")
+        elif leaf.kind == "decimal":
+            _check_decimals(numbers, leaf.precision - leaf.scale)
+
+
+def _check_decimals(numbers: pa.Array, digits: int) -> None:
+    """Raises for a number of more than so many digits before the point; what is behind it, the cast checks."""
+    if pa.types.is_integer(numbers.type):
+        numbers = numbers.cast(pa.decimal128(_INT64_DIGITS, 0))
+    if pa.types.is_decimal(numbers.type) and numbers.type.precision - numbers.type.scale > digits:
+        limit = pa.scalar(decimal.Decimal(10**digits), pa.decimal256(digits + 1, 0))
+        wide = pc.abs(numbers.cast(pa.decimal256(numbers.type.precision, numbers.type.scale)))
+        most = 10**digits - 1
+        _refuse(numbers, pc.greater_equal(wide, limit), f"-{most} to {most} before the decimal point")
+
+
+def beyond_int64(array: pa.Array) -> int | None:
+    """The first whole number of a decimal column that int64 has no place for: Python integers come so."""
+    if pa.types.is_decimal(array.type) and array.type.scale == 0:
+        return next((int(one) for one in array.to_pylist() if one is not None and not -(2**63) <= one < 2**63), None)
+    return None
 
 
 def exact_decimals(have: pa.DataType, kind: FeatureType) -> pa.DataType:
@@ -64,4 +79,4 @@ def _leaves(array: pa.Array, kind: FeatureType) -> Iterator[tuple[pa.Array, Feat
 def _refuse(numbers: pa.Array, lost: pa.Array, span: str) -> None:
     if pc.any(lost).as_py():
         value = numbers[pc.index(lost, True).as_py()].as_py()
-        raise pa.ArrowInvalid(f"value {value!r} not in range: {span}")
+        raise pa.ArrowInvalid(f"value {value} not in range: {span}")

@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mlfuncs.errors import InvalidInput, NotFound, StorageError
-from mlfuncs_featurestore.ranges import check_range, exact_decimals
+from mlfuncs_featurestore.python_values import REFUSALS, python_column
+from mlfuncs_featurestore.ranges import beyond_int64, check_range, exact_decimals
 from mlfuncs_featurestore.types import FLOATS, INTEGERS, FeatureType, parse_type
 
 BATCH_ROWS = 1_000_000
@@ -87,10 +88,7 @@ def _from_columns(columns: Mapping[str, list[Any]]) -> pa.Table:
     arrays = {}
     for name, values in columns.items():
         plain = [str(value) if type(value).__name__ == "UUID" else value for value in values]
-        try:
-            arrays[name] = pa.array(plain, from_pandas=False)
-        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as exc:
-            raise InvalidInput(f"column {name!r} holds values of different types: {exc}") from exc
+        arrays[name] = python_column(name, plain)
     return pa.table(arrays)
 
 
@@ -115,12 +113,9 @@ def _from_series(name: str, series: Any) -> Any:
         values = [str(value) if type(value).__name__ == "UUID" else value for value in series]
         try:
             return pa.array(values, from_pandas=False)
-        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+        except REFUSALS:
             pass  # text with NaN for missing is pandas' own convention: read NaN as null there
-    try:
-        return pa.array(values, from_pandas=True)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as exc:
-        raise InvalidInput(f"column {name!r} holds values of different types: {exc}") from exc
+    return python_column(name, values, from_pandas=True)
 
 
 def _slices(table: pa.Table, rows: int) -> Iterator[pa.Table]:
@@ -200,6 +195,8 @@ def cast_column(name: str, column: pa.ChunkedArray | pa.Array, kind: FeatureType
     if kind.kind == "timestamp":
         return to_utc(name, array)
     if not _may_become(array.type, kind):
+        if (wide := beyond_int64(array)) is not None:
+            raise _misfit(name, f"holds {wide}, which is outside int64, and the field is {kind}", kind, array.type)
         raise _misfit(name, f"is {array.type} and the field is {kind}", kind, array.type)
     try:
         if kind.kind == "vector":
