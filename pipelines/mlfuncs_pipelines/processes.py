@@ -135,7 +135,7 @@ def failure(running: Running, end: Exit) -> str:
     if running.timed_out:
         return f"it took over {prepared.plan.timeout_s:g} s and was stopped; raise its timeout_s"
     if end.code == 0 and not end.signal:
-        return ""
+        return "" if _has_output(prepared, end) else "the function ended the process with exit code 0; return a value"
     if end.error:
         record.traceback = end.error
         prepared.log.write_text(end.error, encoding="utf-8")
@@ -149,6 +149,12 @@ def failure(running: Running, end: Exit) -> str:
     if end.signal:
         return f"its process was ended by signal {end.signal}"
     return f"its process ended with exit code {end.code}: {_tail(prepared.log)}"
+
+
+def _has_output(prepared: Prepared, end: Exit) -> bool:
+    """Whether a step of ours came to its end; commands and kfp's components need not tell."""
+    file = prepared.executor_input["outputs"]["outputFile"]
+    return prepared.plan.step is None or end.output is not None or Path(file).exists()
 
 
 def _reported(path: Path) -> Mapping[str, Any]:

@@ -1,6 +1,7 @@
 """What a run refuses: other parameters or a second engine when it is resumed, options that cannot be, values without
 a JSON; and what becomes of attempts that fail or are interrupted."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -58,8 +59,6 @@ class _ResumesToo(Observer):
 
 
 def test_a_run_that_runs_is_not_resumed() -> None:
-    import os
-
     tried = _ResumesToo()
     done = run_pipeline(halved.ir, {}, read_settings(), observers=[tried])
     assert done.status == "succeeded" and f"{done.id} is running, pid {os.getpid()};" in tried.refused
@@ -172,6 +171,11 @@ def leaves(code: int) -> str:
     sys.exit(code)
 
 
+@ml.function
+def vanishes() -> str:
+    os._exit(0)
+
+
 def test_a_step_that_ends_its_process_fails_whatever_the_code() -> None:
     @ml.pipeline
     def left(code: int):
@@ -181,6 +185,13 @@ def test_a_step_that_ends_its_process_fails_whatever_the_code() -> None:
         message = f"SystemExit: the function ended the process with exit code {code}; return a value instead"
         with pytest.raises(RunFailed, match=message):
             left.run(code=code)
+
+    @ml.pipeline
+    def vanished():
+        vanishes()
+
+    with pytest.raises(RunFailed, match="the function ended the process with exit code 0; return a value"):
+        vanished.run()
 
 
 @ml.function(retries=2)
