@@ -112,10 +112,10 @@ class Pipeline:
         from mlfuncs_pipelines.engine import Options
         from mlfuncs_pipelines.local_run import run_here
 
+        given = self._encode(params, _RUN_OPTIONS)
         if isinstance(ignore, str):
             raise SpecError(f"ignore must be a list of inputs, not {ignore!r}; write ignore=[{ignore!r}]")
-        options = Options(parallel, cache, frozenset(ignore), containers)
-        return run_here(self, self._encode(params, _RUN_OPTIONS), options, resume)
+        return run_here(self, given, Options(parallel, cache, frozenset(ignore), containers), resume)
 
     def _repr_html_(self) -> str:
         from mlfuncs_pipelines.drawing import graph_svg
