@@ -10,6 +10,7 @@ Who owns what in this package:
     plan, catalog                                  what `apply` changes; the registry's documents
     keys, hashing, rows, row_values                entity keys and packed rows as bytes (pure)
     json_rows                                      rows as JSON has them (pure)
+    python_values, ranges                          Python values as Arrow columns; numbers that do not fit (pure)
     tables, quality, profile                       anything tabular to Arrow; checks; statistics (pure)
     offline, delta_tables, delta_files, ingest     Delta Lake tables and the way into them
     asof, windows, *_kernels                       point-in-time join and windows (pure; numba)
@@ -17,6 +18,7 @@ Who owns what in this package:
     online, online_*, stream_windows, redis_*      the latest values in Redis, and the way there
     push, pushlog, flusher, materialize, stream    what brings rows online
     verify, skew                                   whether both sides say the same
+    pandas_columns                                 Arrow columns as pandas columns (pure)
     derived                                        evaluation of on-demand features (pure)
     store                                          the facade
 """

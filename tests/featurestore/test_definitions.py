@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import uuid
+from pathlib import Path
 
 import pytest
 
 from mlfuncs.errors import SpecError
 from mlfuncs_featurestore import Aggregation, Entity, Expectation, FeatureService, FeatureView, feature_view, on_demand
 from mlfuncs_featurestore.definitions import definition_from_dict
+from mlfuncs_featurestore.types import SCALARS, parse_type
+from mlfuncs_featurestore.views import KEY_TYPES
 
 USER = Entity("user_id", "int64")
 
@@ -118,3 +122,12 @@ def _environ():
     import os
 
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+
+
+def test_the_page_lists_every_type_of_features_and_keys():
+    page = (Path(__file__).parents[2] / "docs" / "featurestore.md").read_text()
+    types, keys = page.split("## Types")[1].split("\n## ")[0].split("| Key type")
+    listed = [re.findall(r"`([^`]+)`", line.split(" | ")[0]) for line in types.splitlines() if line.startswith("| `")]
+    spelled = [one.replace("<T", "<int64").replace(",n>", ",3>") for row in listed for one in row]
+    assert {parse_type(one).kind for one in spelled} == {*SCALARS, "decimal", "list", "vector", "struct"}
+    assert re.findall(r"^\| `(\w+)`", keys, re.MULTILINE) == list(KEY_TYPES)
