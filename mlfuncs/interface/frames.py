@@ -154,6 +154,8 @@ def _check_kinds(kinds: set[type], dtype: Any) -> None:
         "U": {str},
         "M": {str},
     }
+    if dtype is None and str in kinds:
+        raise ValueError("elements should be numbers or booleans, not string; for text write NDArray[np.str_]")
     if dtype is not None and dtype.kind in allowed and not kinds <= allowed[dtype.kind]:
         names = ", ".join(sorted(_json_name(kind) for kind in kinds))
         raise ValueError(f"elements should be {dtype}, not {names}")

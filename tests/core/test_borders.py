@@ -189,7 +189,7 @@ class TestArrays:
     def test_reads_nested_lists_and_null_as_nan(self) -> None:
         np.testing.assert_array_equal(read(np.ndarray, [[1, 2], [3, None]]), np.array([[1, 2], [3, np.nan]]))
         assert read(np.ndarray, [1, 2]).dtype == np.int64
-        assert read(np.ndarray, ["a", "b"]).tolist() == ["a", "b"]
+        assert read(npt.NDArray[np.str_], ["a", "b"]).tolist() == ["a", "b"]
         assert read(np.ndarray, []).shape == (0,)
 
     def test_typed_array_has_its_dtype(self) -> None:
@@ -202,6 +202,8 @@ class TestArrays:
         [
             (np.ndarray, [1, True], "mixed types: boolean, integer"),
             (np.ndarray, [1, "a"], "mixed types: integer, string"),
+            (np.ndarray, ["a", "b"], "numbers or booleans, not string"),
+            (npt.NDArray[np.floating], ["a"], "numbers or booleans, not string"),
             (np.ndarray, [[1], [2, 3]], "should be an array"),
             (np.ndarray, [{"a": 1}], "object"),
             (np.ndarray, 3, "nested lists"),
