@@ -407,3 +407,28 @@ def test_accepted_sockets_do_not_delay_small_answers() -> None:
         assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
     with_router(test)
+
+
+def test_an_escaped_letter_in_an_endpoints_name_is_that_letter() -> None:
+    async def test(harness: Harness) -> None:
+        worker = await harness.worker()
+        harness.route(worker)
+        assert (await harness.call("POST", "/%70redic%74/a%2Fb%61?c=%61", b"{}")).status == 200
+        assert worker.seen[0].target == "/a%2Fb%61?c=%61"
+        for target in ("/predict%2Fa", "/predict%00", "/%2D/metrics", "/%252D/metrics", "/predic%7"):
+            assert (await harness.call("GET", target)).status == 404, target
+        assert len(worker.seen) == 1
+
+    with_router(test)
+
+
+def test_a_worker_is_told_the_prefix_that_was_taken_off_its_paths() -> None:
+    async def test(harness: Harness) -> None:
+        worker = await harness.worker()
+        harness.route(worker, tags={"canary": "rev-1"})
+        for target in ("/predict/a", "/predict--canary/a?b=/c", "/%70redict/a", "/predict?b=/c", "/predict"):
+            await harness.call("GET", target, X_Forwarded_Prefix="/elsewhere")
+        told = [[value for name, value in seen.headers if name.lower() == "x-forwarded-prefix"] for seen in worker.seen]
+        assert told == [["/predict"], ["/predict--canary"], ["/predict"], ["/predict"], []]
+
+    with_router(test)

@@ -125,6 +125,30 @@ def test_refuses_with_the_status_that_says_why(raw: bytes, status: bytes) -> Non
     with_router(test)
 
 
+@pytest.mark.parametrize("given", [b"", b"X-Request-Id: mine\r\n"])
+@pytest.mark.parametrize(
+    "rest",
+    [
+        b"X-Mlfuncs-Timeout-Ms: abc\r\n\r\n",
+        b"X-A: b\rc\r\n\r\n",
+        b"X-A: " + b"a" * 20_000 + b"\r\n\r\n",
+        b"X-A: b\r\n" * 200 + b"\r\n",
+        b"Transfer-Encoding: chunked\r\n\r\n0x3\r\n",
+    ],
+)
+def test_every_refusal_has_a_request_id(given: bytes, rest: bytes) -> None:
+    async def test(harness: Harness) -> None:
+        harness.route(await harness.worker())
+        connection = await harness.connect()
+        await connection.send(POST + given + rest)
+        reply = await connection.reply()
+        assert reply.status in (400, 431)
+        name = reply.json()["request_id"]
+        assert name == reply.header("x-request-id") and name and (not given or name == "mine")
+
+    with_router(test)
+
+
 def test_what_came_before_a_malformed_request_is_answered() -> None:
     async def test(harness: Harness) -> None:
         worker = await harness.worker()

@@ -139,7 +139,7 @@ class Client(RequestReader):
         while self.request is None and self._waiting and not self._blocked and not self.transport.is_closing():
             request = self._waiting.popleft()
             if isinstance(request, tuple):
-                self._refuse_now(*request, b"")
+                self._refuse_now(*request)
                 break
             self.request = request
             self.due_s = _NEVER
@@ -241,7 +241,7 @@ class Client(RequestReader):
     def _refuse_now(self, status: int, detail: str, request_id: bytes) -> None:
         self.closing = True
         _, body = problem(status, _TITLES.get(status, "BadRequest"), detail, request_id)
-        self.transport.write(answer(status, body, _PROBLEM, close=True))
+        self.transport.write(answer(status, body, _PROBLEM, b"X-Request-Id: %s\r\n" % request_id, close=True))
         self.request = None
         self._linger()
 
@@ -253,7 +253,9 @@ class Client(RequestReader):
             self.transport.abort()
             return
         error = Unavailable(f"the router holds {limit} connections, which is its bound; try again later", 1.0)
-        status, body, extra = problem_of(error, b"")
+        request_id = core.new_id()
+        status, body, extra = problem_of(error, request_id)
+        extra += b"X-Request-Id: %s\r\n" % request_id
         self.transport.write(answer(status, body, _PROBLEM, extra, close=True))
         self._linger()
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from mlfuncs.errors import MlfuncsError, NotFound, TooLarge, Unauthorized
 from mlfuncs_runtime.router.access import cors_headers, is_token_valid, preflight_headers
 from mlfuncs_runtime.router.endpoint import Endpoint, ReplicaState, RevisionState
-from mlfuncs_runtime.router.http import RequestHead, problem_of
+from mlfuncs_runtime.router.http import RequestHead, decode_unreserved, problem_of
 from mlfuncs_runtime.router.request import Plan, Request
 
 if TYPE_CHECKING:
@@ -146,10 +146,11 @@ class Core:
             model, _, _ = rest.removeprefix(b"models/").partition(b"/")
             if name == b"-" or not rest.startswith(b"models/") or not model:
                 return Place(None, "", path)
-            return self._endpoint(model.decode("latin-1"), target)
-        return self._endpoint(name.decode("latin-1"), b"/" + rest + mark + query)
+            return self._endpoint(model, target)
+        return self._endpoint(name, b"/" + rest + mark + query)
 
-    def _endpoint(self, name: str, path: bytes) -> Place:
+    def _endpoint(self, segment: bytes, path: bytes) -> Place:
+        name = decode_unreserved(segment).decode("latin-1")
         endpoint = self.endpoints.get(name)
         if endpoint is not None:
             return Place(endpoint, "", path)
@@ -162,6 +163,10 @@ class Core:
         raise NotFound("endpoint", name[:100], self.endpoints)
 
     # --- a request's way in
+
+    def new_id(self) -> bytes:
+        """An id for a request that is refused before its head is understood."""
+        return self._prefix + b"%016x" % (next(self._count) * 0x9E3779B97F4A7C15 & _MASK)
 
     def identify(self, request: Request) -> None:
         """Give the request its id, its trace and its time of arrival."""

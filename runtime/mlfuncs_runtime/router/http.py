@@ -20,12 +20,15 @@ HEAD_BYTES = 16_384  # of a request's line and headers: haproxy's tune.bufsize
 HEADER_COUNT = 101  # haproxy's tune.http.maxhdr
 _ID = re.compile(rb"[!-~]{1,128}")
 _TRACEPARENT = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-[!-~]*)?")
+_ESCAPE = re.compile(rb"%([0-9A-Fa-f]{2})")
+_UNRESERVED = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")
 _TIMEOUT = re.compile(rb"\d{1,9}(\.\d{1,6})?")
 
 # Headers that mean something to this hop; all others pass as they came.
 _SPECIAL = frozenset(
     b"host content-length transfer-encoding connection keep-alive proxy-connection te trailer upgrade expect "
-    b"authorization proxy-authorization cookie origin x-request-id traceparent x-mlfuncs-timeout-ms".split()
+    b"authorization proxy-authorization cookie origin x-request-id traceparent x-mlfuncs-timeout-ms "
+    b"x-forwarded-prefix".split()
 )
 
 
@@ -149,6 +152,26 @@ class RequestHead:
                 if self.lines[at].lower() not in dropped
                 for piece in self.lines[at : at + 4]
             ]
+
+
+def given_id(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """The request id that a caller gave among these headers; empty when there is none that can be kept."""
+    values = [value.strip() for name, value in headers if name.lower() == b"x-request-id"]
+    return values[-1] if values and _ID.fullmatch(values[-1]) else b""
+
+
+def decode_unreserved(segment: bytes) -> bytes:
+    """A segment of a path with letters, digits and "-._~" out of their escapes: RFC 3986, 6.2.2.2.
+
+    >>> decode_unreserved(b"%61dd%2Fone")
+    b'add%2Fone'
+    """
+
+    def decode(match: re.Match[bytes]) -> bytes:
+        value = int(match[1], 16)
+        return bytes([value]) if value in _UNRESERVED else match[0]
+
+    return _ESCAPE.sub(decode, segment) if b"%" in segment else segment
 
 
 def answer(

@@ -6,11 +6,12 @@ import asyncio
 import time
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Sequence
 
 from httptools import HttpParserCallbackError, HttpParserError, HttpParserUpgrade, HttpRequestParser
 
 from mlfuncs_runtime.router.core import Core, too_large
-from mlfuncs_runtime.router.http import HEAD_BYTES, HEADER_COUNT, BadRequest, RequestHead
+from mlfuncs_runtime.router.http import HEAD_BYTES, HEADER_COUNT, BadRequest, RequestHead, given_id
 from mlfuncs_runtime.router.request import Request
 
 _PIPELINED = 16  # requests read ahead on one connection; a guess
@@ -46,7 +47,7 @@ class RequestReader(asyncio.Protocol, ABC):
         self._idle = True  # between two requests, with nothing to answer
         self._key = b""  # the head that the bytes at hand begin with, when it is whole
         self._receiving: Request | None = None  # whose body is arriving
-        self._waiting: deque[Request | tuple[int, str]] = deque()  # requests, and at the end a refusal
+        self._waiting: deque[Request | tuple[int, str, bytes]] = deque()  # requests, and at the end a refusal
         self._url = b""
         self._headers: list[tuple[bytes, bytes]] = []
         self._fed = 0
@@ -88,17 +89,17 @@ class RequestReader(asyncio.Protocol, ABC):
         if self._fed > HEAD_BYTES:
             size = len(self._url) + sum(len(name) + len(value) + 4 for name, value in headers)
             if size > HEAD_BYTES:
-                self._refuse(431, f"the request's head is over the bound of {HEAD_BYTES} bytes")
+                self._refuse(431, f"the request's head is over the bound of {HEAD_BYTES} bytes", headers)
                 return
         if len(headers) > HEADER_COUNT:
-            self._refuse(431, f"the request has {len(headers)} headers; the bound is {HEADER_COUNT}")
+            self._refuse(431, f"the request has {len(headers)} headers; the bound is {HEADER_COUNT}", headers)
             return
         parser = self._parser
         version, keep_alive = parser.get_http_version(), parser.should_keep_alive()
         try:
             head = RequestHead(parser.get_method(), self._url, version, headers, keep_alive)
         except BadRequest as exc:
-            self._refuse(exc.status, exc.detail)
+            self._refuse(exc.status, exc.detail, headers)
             return
         self._receiving = self._make_request(head)
         self._waiting.append(self._receiving)
@@ -189,8 +190,11 @@ class RequestReader(asyncio.Protocol, ABC):
                 request.endpoint.reject("body")
                 self.core.fail(request, too_large(limit))
 
-    def _refuse(self, status: int, detail: str) -> None:
-        """Answer what came before, then refuse, then close; nothing that follows is read."""
+    def _refuse(self, status: int, detail: str, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
+        """Answer what came before, then refuse, then close; nothing that follows is read.
+
+        `headers` are those of the refused request, when its head is whole.
+        """
         self.closing = True
         receiving, self._receiving = self._receiving, None
         self.core.refused[status] = self.core.refused.get(status, 0) + 1
@@ -199,7 +203,10 @@ class RequestReader(asyncio.Protocol, ABC):
             return
         if receiving is not None and self._waiting and self._waiting[-1] is receiving:
             self._waiting.pop()
-        self._waiting.append((status, detail))
+            headers = receiving.head.headers
+        elif self._in_head:
+            headers = self._headers
+        self._waiting.append((status, detail, given_id(headers) or self.core.new_id()))
 
     def let_body_flow(self, flow: bool) -> None:
         """Read on, or stop reading, so that the sender is held by its own socket."""

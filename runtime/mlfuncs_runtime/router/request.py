@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Protocol
 
-from mlfuncs_runtime.router.http import CRLF, RequestHead
+from mlfuncs_runtime.router.http import CRLF, RequestHead, decode_unreserved
 
 if TYPE_CHECKING:
     from mlfuncs_runtime.router.endpoint import Endpoint, ReplicaState, RevisionState
@@ -70,6 +70,9 @@ class Plan:
         self.extra = b""
         self.timeout_s = min(endpoint.route.limits.timeout_s, head.timeout_s)
         lines = [head.method, b" ", path, b" HTTP/1.1\r\n", *head.lines]
+        if path not in (b"/", head.target):  # a page of the function's own application, which links to others
+            name, _, _ = head.target[1:].partition(b"/")
+            lines += (b"X-Forwarded-Prefix: /", decode_unreserved(name.partition(b"?")[0]), CRLF)
         rest = ((b"Cookie: ", head.cookie), (b"Origin: ", head.origin), (b"Authorization: ", authorization))
         for name, value in rest:
             if value:
