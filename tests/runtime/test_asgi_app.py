@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import threading
 import time
+import zlib
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urljoin
 
 import pytest
 
@@ -120,6 +123,42 @@ def test_accepts_json_with_parameters_and_suffixes() -> None:
     for media in ("application/json; charset=utf-8", "Application/JSON", "application/ld+json"):
         assert ask(add, {"x": 1}, headers={"content-type": media}).status == 200
     assert ask(add, {"x": 1}, headers={}).status == 200
+
+
+@pytest.mark.parametrize(
+    ("coding", "pack"), [("gzip", gzip.compress), ("GZIP", gzip.compress), ("deflate", zlib.compress)]
+)
+def test_reads_compressed_bodies(coding: str, pack: Any) -> None:
+    headers = {**JSON_TYPE, "content-encoding": coding}
+    assert ask(add, pack(b'{"x": 1}'), headers=headers).json == 2.0
+
+
+@pytest.mark.parametrize("path", ["/", "/v2/models/function/infer"])
+@pytest.mark.parametrize(
+    ("coding", "body", "status"),
+    [
+        ("br", b"{}", 415),
+        ("gzip, gzip", b"{}", 415),
+        ("gzip", b'{"x": 1}', 422),
+        ("gzip", gzip.compress(b'{"x": 1}')[:-4], 422),
+        ("gzip", gzip.compress(b'{"x": 1}') * 2, 422),
+        ("gzip", gzip.compress(b'{"x": 1' + b" " * 10_000 + b"}"), 413),
+    ],
+)
+def test_refuses_compressed_bodies_that_it_cannot_read_or_that_grow_too_large(
+    path: str, coding: str, body: bytes, status: int
+) -> None:
+    headers = {**JSON_TYPE, "content-encoding": coding}
+    answer = ask(add, body, AppOptions(body_bytes=5000), path=path, headers=headers)
+    assert answer.status == status == answer.json["status"]
+    assert status != 415 or repr(coding) in answer.json["detail"]
+
+
+def test_the_servers_address_and_the_path_of_the_description_may_be_joined_by_letters() -> None:
+    document = ask(add, method="GET", path="/openapi.json").json
+    base = urljoin("http://host/", document["servers"][0]["url"])
+    joined = base + next(iter(document["paths"]))
+    assert ask(add, {"x": 1}, path=joined.removeprefix("http://host")).json == 2.0
 
 
 def test_a_body_over_the_bound_is_a_413_and_the_connection_closes() -> None:
@@ -447,6 +486,35 @@ def test_paths_of_the_users_own_application_are_served_beside_the_function() -> 
     answer = ask(WithRoutes, method="GET", path="/mine/1")
     assert (answer.status, answer.body) == (207, b"/mine/1")
     assert ask(WithRoutes, method="GET", path="/-/mine").status == 404
+
+
+class WithLinks:
+    """Has pages that lead to each other."""
+
+    def __init__(self) -> None:
+        from fastapi import FastAPI, Request
+
+        self.app = FastAPI()
+
+        async def items(request: Request) -> str:
+            return str(request.url_for("items"))
+
+        items.__annotations__ = {"request": Request}
+        self.app.get("/items/", name="items", response_model=None)(items)
+
+    def __call__(self, x: int) -> int:
+        return x
+
+
+@pytest.mark.parametrize(
+    ("prefix", "root"),
+    [("/predict--canary", "/predict--canary"), ("/ml/predict", "/ml/predict"), ("//evil.example", ""), ("", "")],
+)
+def test_links_of_the_users_own_application_stay_below_the_endpoints_prefix(prefix: str, root: str) -> None:
+    headers = {"host": "a.example", "x-forwarded-prefix": prefix}
+    moved = ask(WithLinks, method="GET", path="/items", headers=headers)
+    assert (moved.status, moved.headers["location"]) == (307, f"http://a.example{root}/items/")
+    assert ask(WithLinks, method="GET", path="/items/", headers=headers).json == f"http://a.example{root}/items/"
 
 
 def test_never_calls_a_handler_with_made_up_values_but_runs_its_own_warmup() -> None:

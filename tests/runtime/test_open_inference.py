@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import http.client
 import json
 import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,12 +19,14 @@ import numpy.typing as npt
 import pandas as pd
 import pytest
 import uvicorn
+from pydantic import BaseModel
 
 from mlfuncs.errors import InvalidInput
 from mlfuncs_runtime.worker.asgi import make_app
 from mlfuncs_runtime.worker.invocation import AppOptions
 from mlfuncs_runtime.worker.open_inference import TensorHint, tensor_hint, to_outputs
 from mlfuncs_runtime.worker.tensors import parse_request
+from tests.runtime.test_asgi_app import Answer, ask
 
 
 @contextlib.contextmanager
@@ -231,3 +235,85 @@ def test_turns_results_into_tensors() -> None:
     }
     assert to_outputs([[1, 2], [3]])["output"].tolist() == ["[[1, 2], [3]]"]
     assert to_outputs(1.5)["output"].shape == (1,)
+
+
+@dataclass
+class Query:
+    words: list[str]
+    limit: int = 3
+
+
+class Place(BaseModel):
+    city: str
+
+
+def search(query: Query) -> int:
+    return len(query.words) * query.limit
+
+
+def search_near(query: Query, place: Place, since: datetime.date, boosts: list[float], note: str = "") -> str:
+    return f"{query.words} {place.city} {since.year} {sum(boosts)}{note}"
+
+
+def total(x: np.ndarray) -> float:
+    return float(x.sum())
+
+
+def count_up(n: int) -> Iterator[int]:
+    yield from range(n)
+
+
+async def count_up_later(n: int) -> AsyncIterator[int]:
+    for number in range(n):
+        yield number
+
+
+def endless(n: int) -> Iterator[int]:
+    while True:
+        yield n
+
+
+def infer(target: Any, *inputs: tuple[str, str, list[Any]], options: AppOptions | None = None) -> Answer:
+    tensors = [{"name": n, "datatype": kind, "shape": [len(data)], "data": data} for n, kind, data in inputs]
+    return ask(target, {"inputs": tensors}, options or AppOptions(name="demo"), path="/v2/models/demo/infer")
+
+
+def test_objects_come_as_json_text_alone_or_beside_tensors() -> None:
+    query = ("query", "BYTES", ['{"words": ["a", "b"]}'])
+    assert infer(search, query).json["outputs"][0]["data"] == [6]
+    others: list[tuple[str, str, list[Any]]] = [
+        ("place", "BYTES", ['{"city": "Bonn"}']),
+        ("since", "BYTES", ['"2024-05-01"']),
+        ("boosts", "FP64", [1.5, 2]),
+    ]
+    assert infer(search_near, query, *others).json["outputs"][0]["data"] == ["['a', 'b'] Bonn 2024 3.5"]
+
+
+@pytest.mark.parametrize(
+    ("target", "inputs", "words"),
+    [
+        (search, [("query", "BYTES", ['{"words": 1}'])], "words"),
+        (search, [("query", "BYTES", ['{"words": [], "more": 1}'])], "more"),
+        (search, [("query", "BYTES", ['{"words": []}, "other": {}'])], "must be JSON text"),
+        (search, [("query", "BYTES", ['{"words": []}', "{}"])], "one value is needed"),
+        (search, [], "query"),
+        (search_near, [("query", "BYTES", ['{"words": []}'])], "place"),
+        (total, [("x", "BYTES", ["a"])], "numbers or booleans"),
+        (count_up, [("n", "INT64", [1]), ("n", "INT64", [2])], "came twice"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_named(target: Any, inputs: Any, words: str) -> None:
+    answer = infer(target, *inputs)
+    assert answer.status == 422 and words in answer.json["error"]
+
+
+@pytest.mark.parametrize("target", [count_up, count_up_later])
+def test_the_items_of_a_stream_are_one_tensor(target: Any) -> None:
+    (output,) = infer(target, ("n", "INT64", [3])).json["outputs"]
+    assert (output["datatype"], output["shape"], output["data"]) == ("INT64", [3], [0, 1, 2])
+    metadata = ask(target, None, AppOptions(name="demo"), method="GET", path="/v2/models/demo").json
+    assert metadata["outputs"] == [{"name": "output", "datatype": "INT64", "shape": [-1]}]
+
+
+def test_a_stream_that_does_not_end_within_the_deadline_is_a_504() -> None:
+    assert infer(endless, ("n", "INT64", [3]), options=AppOptions(name="demo", timeout_s=0.05)).status == 504

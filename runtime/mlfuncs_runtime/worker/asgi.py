@@ -13,6 +13,7 @@ GET  /-/metrics         Prometheus text
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from functools import cached_property
@@ -145,7 +146,8 @@ class WorkerApp:
         await exchange.fail(Unavailable("the worker ended before the function answered; try again"))
 
     async def _route(self, exchange: Exchange) -> None:
-        found = self._routes.get(exchange.path)
+        # "//" is what joining openapi.json's server and path by letters gives
+        found = self._routes.get("/" if exchange.path == "//" else exchange.path)
         if found is not None:
             method, route = found
             if exchange.method == method or (method == "GET" and exchange.method == "HEAD"):
@@ -174,11 +176,11 @@ class WorkerApp:
                 exchange.status = message["status"]
             await exchange.send(message)
 
-        await self.handler.user_app(exchange.scope, exchange.receive, send)
+        await self.handler.user_app(_mounted(exchange.scope), exchange.receive, send)
 
     async def _not_http(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket" and self.handler.user_app is not None:
-            await self.handler.user_app(scope, receive, send)
+            await self.handler.user_app(_mounted(scope), receive, send)
         elif scope["type"] == "websocket":
             await receive()
             await send({"type": "websocket.close", "code": 1000})
@@ -255,4 +257,23 @@ class WorkerApp:
         return render(self._document)
 
 
+def _mounted(scope: Scope) -> Scope:
+    """The scope of an application under the prefix that the router took off the path, so that its links stay there.
+
+    ASGI: `path` begins with `root_path`.
+    """
+    prefix = dict(scope["headers"]).get(b"x-forwarded-prefix", b"")
+    if not _PREFIX.fullmatch(prefix):
+        return scope
+    root = prefix.decode()
+    raw = scope.get("raw_path")
+    return {
+        **scope,
+        "root_path": root,
+        "path": root + scope["path"],
+        "raw_path": None if raw is None else prefix + raw,
+    }
+
+
+_PREFIX = re.compile(rb"(/[A-Za-z0-9._~-]+)+")  # no "//", which would name another host
 _CSP = b"default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"

@@ -90,18 +90,22 @@ def _style(call: Callable[..., Any]) -> Style:
     return "async" if inspect.iscoroutinefunction(inner) else "sync"
 
 
+def item_type(handler: Handler) -> Any:
+    """The T of a streaming handler's `Iterator[T]`; Any when the hint does not say."""
+    returns = handler.signature.returns
+    origin = get_origin(returns)
+    is_stream = inspect.isclass(origin) and issubclass(origin, Iterable | AsyncIterable)
+    return get_args(returns)[0] if is_stream and get_args(returns) else Any
+
+
 class ItemSignature:
     """A streaming handler's signature with one item in the place of its whole result."""
 
     def __init__(self, handler: Handler) -> None:
         from mlfuncs.interface.validation import Writer
 
-        returns = handler.signature.returns
-        origin = get_origin(returns)
-        is_stream = inspect.isclass(origin) and issubclass(origin, Iterable | AsyncIterable)
-        item = get_args(returns)[0] if is_stream and get_args(returns) else Any
         self._signature = handler.signature
-        self._writer = Writer(f"one item of {handler.name}", item)
+        self._writer = Writer(f"one item of {handler.name}", item_type(handler))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._signature, name)

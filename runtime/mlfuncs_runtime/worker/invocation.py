@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,7 +17,8 @@ from mlfuncs_runtime.worker.arrow_io import ARROW, read_values
 from mlfuncs_runtime.worker.arrow_io import dump as dump_arrow
 from mlfuncs_runtime.worker.batched import BatchedCalls
 from mlfuncs_runtime.worker.batching import row_plan
-from mlfuncs_runtime.worker.calls import AsyncCalls, ThreadCalls, end_fork
+from mlfuncs_runtime.worker.calls import AsyncCalls, ThreadCalls, end_fork, too_late
+from mlfuncs_runtime.worker.content_coding import read_body
 from mlfuncs_runtime.worker.exchange import JSON, Exchange
 from mlfuncs_runtime.worker.failures import bad_result, handler_failure
 from mlfuncs_runtime.worker.handlers import Handler, ItemSignature
@@ -58,12 +59,12 @@ class Invocation:
             threads = max(1, options.concurrency)
             self.calls = ThreadCalls(threads, options.queue_size, options.stuck_grace_s, on_stuck)
         self.batched = _make_batched(handler, options, self.calls, metrics)
-        self._streams = handler.style.endswith("stream")
+        self.streams = handler.style.endswith("stream")
         self._validate = handler.signature.validate_json
         self._call = handler.call
         self._body_bytes = options.body_bytes
         self._quick = returns if (returns := handler.signature.returns) in _QUICK else None
-        self._dump = ItemSignature(handler).dump_json if self._streams else handler.signature.dump_json
+        self._dump = ItemSignature(handler).dump_json if self.streams else handler.signature.dump_json
 
     async def call(self, values: Mapping[str, Any], exchange: Exchange) -> Any:
         """The handler's result for named values, alone or in a batch. Raises what the caller is to be told."""
@@ -78,6 +79,23 @@ class Invocation:
             raise handler_failure(exc) from exc
         finally:
             end_fork()
+
+    async def collect(self, values: Mapping[str, Any], exchange: Exchange) -> Any:
+        """As `call`; a stream's items come as a list, all within the one deadline."""
+        if not self.streams:
+            return await self.call(values, exchange)
+        collected = []
+        items = self._items(values, exchange)
+        try:
+            async for item in items:
+                collected.append(item)
+                if exchange.remaining_s() <= 0:
+                    raise too_late()
+        except Exception as exc:
+            raise handler_failure(exc) from exc
+        finally:
+            await items.aclose()  # type: ignore[attr-defined]
+        return collected
 
     async def guarded(self, running: Awaitable[Any]) -> Any:
         """What `running` gives. Raises what the caller is to be told."""
@@ -95,12 +113,19 @@ class Invocation:
             if exchange.content_type() != ARROW:
                 await _refuse_media(exchange)
                 return
-            body = await exchange.body(self._body_bytes)
+            body = await read_body(exchange, self._body_bytes)
+            if body is None:
+                return
             values = read_values(self.handler.signature, body, exchange.scope.get("query_string", b""))
+        elif b"content-encoding" in headers:
+            body = await read_body(exchange, self._body_bytes)
+            if body is None:
+                return
+            values = self._validate(body)
         else:
             values = self._validate(await exchange.body(self._body_bytes))
         CURRENT_REQUEST.set(exchange)
-        if self._streams:
+        if self.streams:
             await self._stream(values, exchange)
             return
         result = await self.call(values, exchange)
@@ -123,12 +148,12 @@ class Invocation:
             raise bad_result(self.handler.name, InvalidInput(str(exc))) from exc
 
     async def _stream(self, values: dict[str, Any], exchange: Exchange) -> None:
-        made = self.handler.call(**values)  # a generator: none of the user's code has run yet
-        if self.handler.style == "stream":
-            items = iterate(self.calls, made, exchange)
-        else:
-            items = iterate_async(made, exchange)
+        items = self._items(values, exchange)
         await stream(exchange, items, self.dump, handler_failure, self.options.timeout_s)
+
+    def _items(self, values: Mapping[str, Any], exchange: Exchange) -> AsyncIterator[Any]:
+        made = self.handler.call(**values)  # a generator: none of the user's code has run yet
+        return iterate(self.calls, made, exchange) if self.handler.style == "stream" else iterate_async(made, exchange)
 
 
 def _make_batched(

@@ -13,15 +13,17 @@ import enum
 import json
 import re
 import typing
-import zlib
 from collections.abc import Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import mlfuncs
-from mlfuncs.errors import InvalidInput, MlfuncsError, NotFound, TooLarge
+from mlfuncs.errors import InvalidInput, MlfuncsError, NotFound
 from mlfuncs.serving.request_context import CURRENT_REQUEST
+from mlfuncs_runtime.worker.content_coding import read_body
 from mlfuncs_runtime.worker.exchange import Exchange
 from mlfuncs_runtime.worker.failures import bad_result
+from mlfuncs_runtime.worker.handlers import item_type
 from mlfuncs_runtime.worker.invocation import Invocation
 from mlfuncs_runtime.worker.tensors import DATATYPES, InferRequest, dump_response, numpy, parse_request
 
@@ -163,9 +165,10 @@ class OpenInference:
             for name, hint in self._hints.items()
             if hint.kind != "table"  # its columns are the inputs, and the hint does not name them
         ]
+        returns = list[item_type(handler)] if self._invocation.streams else handler.signature.returns  # type: ignore[misc]
         outputs = [
             {"name": name, "datatype": hint.datatype, "shape": hint.shape}
-            for name, hint in _output_hints(handler.signature.returns).items()
+            for name, hint in _output_hints(returns).items()
         ]
         return {
             "name": options.name,
@@ -176,7 +179,9 @@ class OpenInference:
         }
 
     async def _infer(self, exchange: Exchange) -> None:
-        body = _decompress(exchange, await exchange.body(self._invocation.options.body_bytes), self._invocation)
+        body = await read_body(exchange, self._invocation.options.body_bytes)
+        if body is None:
+            return
         length = exchange.headers.get(b"inference-header-content-length")
         try:
             request = parse_request(body, None if length is None else int(length))
@@ -184,7 +189,7 @@ class OpenInference:
             raise InvalidInput(f"Inference-Header-Content-Length is not a number: {length!r}") from exc
         values = self._invocation.handler.signature.validate_python(self._to_values(request.inputs))
         CURRENT_REQUEST.set(exchange)
-        result = await self._invocation.call(values, exchange)
+        result = await self._invocation.collect(values, exchange)
         await self._respond(exchange, request, result)
 
     async def _respond(self, exchange: Exchange, request: InferRequest, result: Any) -> None:
@@ -206,8 +211,11 @@ class OpenInference:
     def _to_values(self, inputs: Mapping[str, np.ndarray]) -> dict[str, Any]:
         values: dict[str, Any] = {}
         columns: dict[str, np.ndarray] = {}
+        documents: dict[str, Any] = {}
         for name, array in inputs.items():
-            if name in self._hints and self._hints[name].kind != "table":
+            if name in self._hints and self._hints[name].kind == "json":
+                documents[name] = _to_document(name, array)
+            elif name in self._hints and self._hints[name].kind != "table":
                 values[name] = _to_value(name, array, self._hints[name], self._annotations[name])
             elif self._table is not None:
                 columns[name] = array
@@ -217,26 +225,48 @@ class OpenInference:
                 raise InvalidInput(f"input {name!r}: {message}", [{"field": name, "message": message}])
         if self._table is not None and columns:
             values[self._table] = _to_table(columns, self._annotations[self._table])
+        if documents:
+            values |= self._documents.read(json.dumps(documents).encode())
         return values
+
+    @cached_property
+    def _documents(self) -> Any:
+        """Reads the parameters that come as JSON text, as a JSON body's would be."""
+        from mlfuncs.interface.validation import Reader
+
+        signature = self._invocation.handler.signature
+        parameters = [p for p in signature.parameters if self._hints[p.name].kind == "json"]
+        return Reader(signature.name, parameters, None)
 
 
 def _to_value(name: str, array: np.ndarray, hint: TensorHint, annotation: Any) -> Any:
     """A tensor as the Python value that a parameter's hint asks for. Raises InvalidInput."""
     if hint.kind == "array":
+        if array.dtype == object and not typing.get_args(annotation):
+            message = "text came, and the function takes an array of numbers or booleans"
+            raise InvalidInput(f"input {name!r}: {message}", [{"field": name, "message": message}])
         wanted = _array_datatype(annotation)
         declared = bool(typing.get_args(annotation)) and wanted != "FP64"
         return array.astype(_dtype(wanted), copy=False) if declared and array.dtype != object else _texts(array)
     if hint.kind == "list":
         return _texts(array, as_bytes=_holds_bytes(annotation)).tolist()
+    return _texts(_single(name, array), as_bytes=annotation is bytes).tolist()[0]
+
+
+def _to_document(name: str, array: np.ndarray) -> Any:
+    """The JSON value in a BYTES tensor of one element. Raises InvalidInput."""
+    try:
+        return json.loads(_single(name, array)[0])
+    except (TypeError, ValueError) as exc:
+        raise InvalidInput(f"input {name!r} must be JSON text in a BYTES tensor: {exc}") from exc
+
+
+def _single(name: str, array: np.ndarray) -> np.ndarray:
+    """A tensor of one element as shape (1,). Raises InvalidInput for any other."""
     if array.size != 1:
         message = f"one value is needed, and the tensor has shape {list(array.shape)}"
         raise InvalidInput(f"input {name!r}: {message}", [{"field": name, "message": message}])
-    if hint.kind == "scalar":
-        return _texts(array, as_bytes=annotation is bytes).ravel()[:1].tolist()[0]
-    try:
-        return json.loads(array.ravel()[0])
-    except (TypeError, ValueError) as exc:
-        raise InvalidInput(f"input {name!r} must be JSON text in a BYTES tensor: {exc}") from exc
+    return array.reshape(1)
 
 
 def _dtype(datatype: str) -> str:
@@ -340,21 +370,3 @@ def _jsonable(value: Any) -> Any:
         if hasattr(value, method):
             return getattr(value, method)()
     return str(value)
-
-
-def _decompress(exchange: Exchange, body: bytes, invocation: Invocation) -> bytes:
-    """The body without its Content-Encoding (gzip or deflate), within the endpoint's bound."""
-    encoding = exchange.headers.get(b"content-encoding", b"identity").lower()
-    if encoding in (b"identity", b""):
-        return body
-    if encoding not in (b"gzip", b"deflate"):
-        raise InvalidInput(f"content encoding {encoding.decode('latin-1')!r} is not known; use gzip or deflate")
-    limit = invocation.options.body_bytes
-    inflater = zlib.decompressobj(wbits=47)  # either format, by its own header
-    try:
-        plain = inflater.decompress(body, limit)
-    except zlib.error as exc:
-        raise InvalidInput(f"the body is not {encoding.decode()}: {exc}") from exc
-    if inflater.unconsumed_tail:
-        raise TooLarge(f"the decompressed body is over the bound of {limit} bytes")
-    return plain

@@ -71,6 +71,8 @@ def parse_request(body: bytes, header_length: int | None) -> InferRequest:
     inputs: dict[str, np.ndarray] = {}
     for item in document["inputs"]:
         name, array, used = _read_tensor(item, raw)
+        if name in inputs:
+            raise _wrong(name, "it came twice; an input is one tensor")
         inputs[name], raw = array, raw[used:]
     if raw:
         raise InvalidInput(f"{len(raw)} bytes of binary data belong to no input; set binary_data_size")
