@@ -9,9 +9,11 @@ On a cluster nothing comes back but files, so an outcome lies at the artifact UR
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,27 @@ def outcome_of(journal: Path, final: Mapping[str, Any] | None = None, log: str =
     if final is not None:
         entries = [*(entry for entry in entries if entry[0] != FINISH), [FINISH, dict(final)]]
     return {"entries": entries, "log": log}
+
+
+@dataclass(frozen=True)
+class Left:
+    """What a run that was cut short left behind: its journal and its log, files that need not be there."""
+
+    journal: Path
+    log: Path
+
+    @classmethod
+    def under(cls, folder: Path) -> Left:
+        """Where a point of a sweep keeps them while it runs in `folder`."""
+        return cls(folder / "point.jsonl", folder / "point.txt")
+
+    def ended(self, final: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The outcome: what was logged and printed, and then `final`, unless the journal has the last word."""
+        text = self.log.read_text(encoding="utf-8", errors="replace") if self.log.is_file() else ""
+        return outcome_of(self.journal, final, text)
+
+
+NOTHING = Left(Path(os.devnull), Path(os.devnull))
 
 
 def final_of(outcome: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,16 +16,17 @@ import dataclasses
 import itertools
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlfuncs.errors import MissingExtra, MlfuncsError, SpecError, Unavailable
-from mlfuncs.runs.isolation import Packed, Work, attempt_often, child_environ, child_values
+from mlfuncs.runs.isolation import GRACE_S, Packed, Work, attempt_often, child_environ, child_values
 from mlfuncs.runs.journal import Journal, failed
 from mlfuncs.runs.liveness import machine
-from mlfuncs.runs.outcome import outcome_of
+from mlfuncs.runs.outcome import keep_outcome, outcome_of
 from mlfuncs.runs.starting import Started
 from mlfuncs.runs.sweep_plan import Sweep, unbroken
 from mlfuncs.runs.worker_process import Child
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
 
 _CONNECT_S = 10.0
 _ASK_S = 0.5  # how often a worker looks whether its point was cancelled
+_RETURN_S = 5.0  # how long the outcome of an interrupted point may take to come back, beyond its grace (guess)
+
+_running_here: dict[str, threading.Event] = {}  # on a worker: what stops each point, by its task's key
 
 
 def run_on_dask(sweep: Sweep) -> None:
@@ -84,18 +88,37 @@ class _Tasks:
         try:
             outcome = future.result()
         except Exception as exc:  # noqa: BLE001 - whatever kept the point from running is its failure
-            return self._sweep.fail(number, started, type(exc).__name__, _why(exc))
+            return self._sweep.fail(number, started, failed(type(exc).__name__, _why(exc)))
         return self._sweep.end(number, started, outcome)
 
     def _cancel(self) -> None:
-        """Give up what is on the cluster, which ends the children there, and mark it."""
+        """Stop what is on the cluster and mark it; what runs is asked to end, for it then says what it logged."""
         import distributed
 
         self._sweep.cancelled.set()
-        with contextlib.suppress(TimeoutError, OSError, distributed.CancelledError):  # the cluster may be away
-            self._client.cancel(list(self._running), force=True)
-        for _, started in self._running.values():
-            self._sweep.cancel(started)
+        ended: dict[distributed.Future, dict[str, Any]] = {}
+        with unbroken():
+            with contextlib.suppress(TimeoutError, OSError, distributed.CancelledError):  # the cluster may be away
+                ended = self._interrupted()
+                self._client.cancel(list(self._running), force=True)
+            for future, (_, started) in self._running.items():
+                if future in ended:
+                    keep_outcome(started, ended[future])
+                else:
+                    self._sweep.cancel(started)
+
+    def _interrupted(self) -> dict[distributed.Future, dict[str, Any]]:
+        """What came of the points that a worker had begun, once they were interrupted there."""
+        keys = [future.key for future in self._running]
+        answers = self._client.run(interrupt_points, keys, on_error="ignore")
+        begun = {key for found in answers.values() for key in found}
+        deadline = time.monotonic() + GRACE_S + _RETURN_S
+        ended = {}
+        for future in self._running:
+            if future.key in begun:
+                with contextlib.suppress(Exception):  # whatever kept its outcome from coming back, it was stopped
+                    ended[future] = future.result(timeout=max(0.1, deadline - time.monotonic()))
+        return ended
 
 
 def execute_point(task: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,6 +148,14 @@ def execute_point(task: Mapping[str, Any]) -> dict[str, Any]:
     outcome = outcome_of(journal.path, final, "".join(log))
     journal.close()
     return outcome
+
+
+def interrupt_points(keys: list[str]) -> list[str]:
+    """On a worker: interrupt those points of `keys` that it runs, and say which."""
+    found = [key for key in keys if key in _running_here]
+    for key in found:
+        _running_here[key].set()
+    return found
 
 
 def _shipped(packed: Packed) -> dict[str, Any]:
@@ -176,12 +207,13 @@ def worker_settings(task: Mapping[str, Any]) -> Settings:
 
 @contextmanager
 def _cancellation() -> Iterator[threading.Event]:
-    """An event that is set once the scheduler has given this task up: it was cancelled, or its client is gone."""
+    """An event that is set once this task is to stop: it was interrupted, or the scheduler has given it up."""
     import distributed
 
     worker = distributed.get_worker()
-    key = worker.get_current_task()
+    key = str(worker.get_current_task())
     cancelled, over = threading.Event(), threading.Event()
+    _running_here[key] = cancelled
 
     def watch() -> None:
         while not over.wait(_ASK_S):
@@ -195,6 +227,7 @@ def _cancellation() -> Iterator[threading.Event]:
     try:
         yield cancelled
     finally:
+        del _running_here[key]
         over.set()
         thread.join()
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from mlfuncs.progress import Progress
 from mlfuncs.runs.handle import Run
 from mlfuncs.runs.isolation import Packed, begin_isolated
-from mlfuncs.runs.journal import FINISH, failed
+from mlfuncs.runs.journal import failed
 from mlfuncs.runs.objective import Objective
-from mlfuncs.runs.outcome import keep_outcome
+from mlfuncs.runs.outcome import NOTHING, Left, keep_outcome
 from mlfuncs.runs.starting import Arguments, Place, Started
 from mlfuncs.runs.sweep_result import describe_point
 
@@ -80,14 +80,14 @@ class Sweep:
         keep_outcome(started, outcome)
         return self.note(number)
 
-    def fail(self, number: int, started: Started, error_type: str, message: str) -> bool:
-        """End the run of a point that nothing came of; whether the sweep has seen enough."""
-        return self.end(number, started, {"entries": [[FINISH, failed(error_type, message)]], "log": ""})
+    def fail(self, number: int, started: Started, final: Mapping[str, Any], left: Left = NOTHING) -> bool:
+        """End the run of a point that did not end itself, with what it `left`; whether the sweep has seen enough."""
+        return self.end(number, started, left.ended(final))
 
-    def cancel(self, started: Started) -> None:
-        """Mark the run of a point that was stopped."""
+    def cancel(self, started: Started, left: Left = NOTHING) -> None:
+        """Mark the run of a point that was stopped, with what it `left`."""
         final = {**failed("Cancelled", "it was cancelled"), "status": "cancelled"}
-        keep_outcome(started, {"entries": [[FINISH, final]], "log": ""})
+        keep_outcome(started, left.ended(final))
 
     def note(self, number: int) -> bool:
         """Take in the end of a point and show it; whether the sweep has seen enough.

@@ -66,25 +66,32 @@ def _outcome(loaded: Loaded, documents: Mapping[str, Any], run_id: str) -> dict[
     """What comes of the function's attempts, as many as its spec allows."""
     from mlfuncs.errors import MlfuncsError
     from mlfuncs.runs.journal import FINISH, Journal, failed
-    from mlfuncs.runs.outcome import outcome_of
+    from mlfuncs.runs.outcome import Left
     from mlfuncs.runs.values import decode
 
-    folder = Path(tempfile.mkdtemp(prefix="mlfuncs-point-"))
-    journal = Journal(folder / "journal.jsonl")
+    left = Left.under(_folder())
+    journal = Journal(left.journal)
     hints = {parameter.name: parameter.annotation for parameter in loaded.signature.parameters}
     try:
         values = {name: decode(item, _hint(hints.get(name)), loaded.settings) for name, item in documents.items()}
     except MlfuncsError as exc:
         journal.append(FINISH, failed(type(exc).__name__, str(exc)))
     else:
-        _attempt_often(loaded, values, journal, run_id)
-    log = folder / "log.txt"
-    outcome = outcome_of(journal.path, log=log.read_text(encoding="utf-8") if log.exists() else "")
+        _attempt_often(loaded, values, journal, left.log, run_id)
+    outcome = left.ended()
     journal.close()
     return outcome
 
 
-def _attempt_often(loaded: Loaded, values: Mapping[str, Any], journal: Any, run_id: str) -> None:
+def _folder() -> Path:
+    """The folder of this step on the local engine, which reads there what a point that is killed leaves."""
+    from mlfuncs.runs.tracking import enclosing_run
+
+    step = enclosing_run()
+    return Path(tempfile.mkdtemp(prefix="mlfuncs-point-")) if step is None else step.journal.path.parent
+
+
+def _attempt_often(loaded: Loaded, values: Mapping[str, Any], journal: Any, printed: Path, run_id: str) -> None:
     from mlfuncs.runs.capture import RunLog, captured
     from mlfuncs.runs.execution import execute
     from mlfuncs.runs.journal import ATTEMPT, FINISH
@@ -92,7 +99,7 @@ def _attempt_often(loaded: Loaded, values: Mapping[str, Any], journal: Any, run_
     from mlfuncs.secrets import available_secrets
 
     secrets = available_secrets(loaded.spec.secrets, loaded.settings)
-    log = RunLog(journal.path.with_name("log.txt"), secrets)
+    log = RunLog(printed, secrets)
     for attempt in range(1, loaded.spec.retries + 2):
         journal.append(ATTEMPT, attempt)
         run = ActiveRun(run_id, loaded.settings, journal, secrets)

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlfuncs.decorator import Function, function
@@ -17,7 +18,8 @@ from mlfuncs.errors import SpecError, Unavailable
 from mlfuncs.interface.signature import Signature
 from mlfuncs.results import HTML
 from mlfuncs.runs.isolation import child_values
-from mlfuncs.runs.outcome import forget_outcomes, read_outcome, stored_outcomes
+from mlfuncs.runs.journal import failed
+from mlfuncs.runs.outcome import NOTHING, Left, forget_outcomes, read_outcome, stored_outcomes
 from mlfuncs.runs.starting import Started
 from mlfuncs.runs.sweep_plan import Plan, Sweep, unbroken
 from mlfuncs_pipelines.engine import Observer, Options
@@ -110,6 +112,7 @@ class _Points(Observer):
     def __init__(self, sweep: Sweep) -> None:
         self._sweep = sweep
         self._open: dict[int, Started] = {}
+        self._left: dict[int, Left] = {}  # by the last attempt at a point
 
     def step_changed(self, run: PipelineRun, record: StepRecord) -> None:
         if record.is_group or "point" not in record.inputs.parameters:
@@ -118,24 +121,28 @@ class _Points(Observer):
         with unbroken():
             if number not in self._sweep.runs:
                 self._open[number] = self._sweep.begin(number, pipeline_run=run.id, step=record.id)
-            if record.status != "running" and number in self._open:
+            if record.log:
+                self._left[number] = Left.under(Path(record.log).parent)
+            if record.status not in ("running", "cancelled") and number in self._open:
                 self._end(number, record.reason)
 
     def give_up(self, number: int, reason: str) -> None:
         """Fail a point that nothing was heard of."""
         if number not in self._sweep.runs:
-            self._sweep.fail(number, self._sweep.begin(number), "NotStarted", reason)
+            self._sweep.fail(number, self._sweep.begin(number), failed("NotStarted", reason))
 
     def cancel(self) -> None:
         """Mark the points that were stopped."""
-        for started in self._open.values():
-            self._sweep.cancel(started)
+        with unbroken():
+            for number, started in self._open.items():
+                self._sweep.cancel(started, self._left.get(number, NOTHING))
 
     def _end(self, number: int, reason: str) -> None:
         started = self._open.pop(number)
         outcome = read_outcome(self._sweep.plan.packed.settings, self._sweep.parent.row.id, number)
         if outcome is None:
-            self._sweep.fail(number, started, "StepFailed", reason)
+            left = self._left.get(number, NOTHING)
+            self._sweep.fail(number, started, failed("StepFailed", reason), left)
         else:
             self._sweep.end(number, started, outcome)
 
@@ -179,7 +186,7 @@ def _follow(sweep: Sweep, run: KubeflowRun) -> None:
             time.sleep(_POLL_S)
     for number in set(range(len(sweep.plan.points))) - set(sweep.runs):
         cause = f"it left no result; the pipeline {run.status()}: {run.cause()}; see {run.url}"
-        sweep.fail(number, sweep.begin(number, url=run.url), "StepFailed", cause)
+        sweep.fail(number, sweep.begin(number, url=run.url), failed("StepFailed", cause))
 
 
 def _pipeline(plan: Plan) -> Pipeline:

@@ -48,6 +48,8 @@ def train(depth: int, data: pd.DataFrame) -> Trained:
 def sometimes(a: int, marks: str) -> float:
     with open(f"{marks}/{a}", "a") as file:
         file.write("x")
+    print("at", a, flush=True)
+    ml.log_metric("x", a)
     if a == 2:
         raise ValueError("two")
     if a == 3:
@@ -82,6 +84,8 @@ def test_a_setting_that_raises_or_dies_is_a_failed_row_and_no_worker_dies(cluste
     assert "raise ValueError" in result.runs[1].traceback and "trying again" in result.runs[1].logs
     assert (tmp_path / "2").read_text() == (tmp_path / "3").read_text() == "xx"  # the spec's retries
     assert result.values == (1.0, None, None, 4.0)
+    assert result.to_pandas()["x"].tolist() == [1.0, 2.0, 3.0, 4.0]  # what was logged before the end, too
+    assert all(f"at {a}\n" in run.logs for a, run in enumerate(result.runs, 1))
     assert set(cluster.scheduler.workers) == before
 
 
@@ -116,6 +120,8 @@ import sys, time, mlfuncs as ml
 @ml.function
 def slow(a: int, folder: str) -> float:
     import os, time
+    print("at", a, flush=True)
+    ml.log_metric("x", a)
     open(f"{folder}/{a}.pid", "w").write(str(os.getpid()))
     if a > 1:
         time.sleep(600)
@@ -143,8 +149,10 @@ def test_ctrl_c_ends_the_points_on_the_cluster_and_marks_them(address: str, tmp_
         time.sleep(0.05)
     assert "KeyboardInterrupt" in shown
     runs = ml.list_runs()
-    assert [run.status for run in runs if run.row.kind == "sweep"] == ["cancelled"]
-    assert sorted(run.status for run in runs if run.row.kind == "run") == ["cancelled", "cancelled", "succeeded"]
+    assert [run.status for run in runs if run.row.kind == "sweep"] == ["cancelled"], shown
+    points = {run.params["a"]: run for run in runs if run.row.kind == "run"}
+    assert [points[a].status for a in (1, 2, 3)] == ["succeeded", "cancelled", "cancelled"] and len(points) == 3
+    assert all(run.metrics == {"x": a} and run.logs.startswith(f"at {a}\n") for a, run in points.items())
 
 
 def test_a_scheduler_that_is_away_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,6 +46,8 @@ def train(depth: int, data: pd.DataFrame) -> Trained:
 def sometimes(a: int, marks: str) -> float:
     with open(f"{marks}/{a}", "a") as file:
         file.write("x")
+    print("at", a, flush=True)
+    ml.log_metric("x", a)
     if a == 2:
         raise ValueError("two")
     if a == 3:
@@ -76,6 +78,8 @@ def test_a_setting_that_raises_or_dies_is_a_failed_row(tmp_path: Path) -> None:
     assert "raise ValueError" in result.runs[1].traceback and "trying again" in result.runs[1].logs
     assert (tmp_path / "2").read_text() == (tmp_path / "3").read_text() == "xx"  # the spec's retries
     assert result.values == (1.0, None, None, 4.0)
+    assert result.to_pandas()["x"].tolist() == [1.0, 2.0, 3.0, 4.0]  # what was logged before the end, too
+    assert all(f"at {a}\n" in run.logs for a, run in enumerate(result.runs, 1))
 
 
 def test_the_last_step_shows_the_table_and_the_best() -> None:
@@ -122,6 +126,8 @@ INTERRUPTED = """
 import os, time, mlfuncs as ml
 @ml.function
 def slow(a: int) -> float:
+    print("at", a, flush=True)
+    ml.log_metric("x", a)
     open(f"{a}.pid", "w").write(str(os.getpid()))
     if a > 1:
         time.sleep(600)
@@ -145,7 +151,9 @@ def test_ctrl_c_ends_the_points_and_marks_them(tmp_path: Path) -> None:
         time.sleep(0.05)
     runs = ml.list_runs()
     assert [run.status for run in runs if run.row.kind in ("sweep", "pipeline")] == ["cancelled"] * 2, (shown, runs)
-    assert sorted(run.status for run in _points()) == ["cancelled", "cancelled", "succeeded"]
+    points = {run.params["a"]: run for run in _points()}
+    assert [points[a].status for a in (1, 2, 3)] == ["succeeded", "cancelled", "cancelled"] and len(points) == 3
+    assert all(run.metrics == {"x": a} and run.logs == f"at {a}\n" for a, run in points.items())
 
 
 def _points() -> list[ml.Run]:
