@@ -6,6 +6,7 @@ children are spawned.
 
 from __future__ import annotations
 
+import itertools
 import os
 import queue
 import threading
@@ -19,17 +20,18 @@ from mlfuncs.runs.worker_process import Child
 
 @dataclass
 class _Lanes:
-    """What the threads of a sweep share: the points that wait, and the numbers of those that ended, or an error."""
+    """What the threads of a sweep share: the points to run (None: no more), and those that ended, or an error."""
 
     sweep: Sweep
-    waiting: queue.SimpleQueue[int] = field(default_factory=queue.SimpleQueue)
+    waiting: queue.SimpleQueue[int | None] = field(default_factory=queue.SimpleQueue)
     ended: queue.SimpleQueue[int | BaseException] = field(default_factory=queue.SimpleQueue)
 
 
 def run_in_processes(sweep: Sweep) -> None:
     """Run the points, `parallel` at once, until all have ended or the sweep has seen enough."""
     lanes = _Lanes(sweep)
-    for number in range(len(sweep.plan.points)):
+    numbers = iter(range(len(sweep.plan.points)))
+    for number in itertools.islice(numbers, sweep.plan.parallel):
         lanes.waiting.put(number)
     threads = [threading.Thread(target=_work, args=(lanes,)) for _ in range(sweep.plan.parallel)]
     for thread in threads:
@@ -41,11 +43,15 @@ def run_in_processes(sweep: Sweep) -> None:
                 raise ended
             if sweep.note(ended):
                 break
+            following = next(numbers, None)
+            if following is not None:
+                lanes.waiting.put(following)
     except BaseException:
         sweep.cancelled.set()
         raise
     finally:
-        _empty(lanes.waiting)
+        for _ in threads:
+            lanes.waiting.put(None)
         for thread in threads:
             _join(thread, sweep)
 
@@ -76,12 +82,9 @@ def _work(lanes: _Lanes) -> None:
         return child
 
     try:
-        while not sweep.cancelled.is_set():
-            number = lanes.waiting.get_nowait()
+        while (number := lanes.waiting.get()) is not None and not sweep.cancelled.is_set():
             _run_point(sweep, number, usable_child)
             lanes.ended.put(number)
-    except queue.Empty:
-        pass
     except BaseException as exc:  # noqa: BLE001 - raised again in the thread that waits for the points
         lanes.ended.put(exc)
     finally:
@@ -92,11 +95,3 @@ def _work(lanes: _Lanes) -> None:
 def _run_point(sweep: Sweep, number: int, children: Callable[[], Child]) -> None:
     started = sweep.begin(number)
     see_through(sweep.plan.packed, started, sweep.plan.arguments[number], children, sweep.cancelled)
-
-
-def _empty(waiting: queue.SimpleQueue[int]) -> None:
-    try:
-        while True:
-            waiting.get_nowait()
-    except queue.Empty:
-        return
