@@ -53,6 +53,7 @@ def sweep(
     progress: bool = True,
     target: Target = "process",
     address: str = "",
+    **others: Any,
 ) -> SweepResult:
     """Run `function` at each point of `grid` (all combinations), `list` (as given) or `random` (`n` draws, `seed`).
 
@@ -70,6 +71,11 @@ def sweep(
     """
     from mlfuncs.decorator import function_of
 
+    if others:
+        name = next(iter(others))
+        raise SpecError(
+            f"a sweep has no option {name!r}; an argument that all points share goes into params={{{name!r}: ...}}"
+        )
     points = _points(grid, list, random, n, seed)
     if parallel < 1:
         raise SpecError(f"parallel must be 1 or more processes, not {parallel!r}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,8 @@ from mlfuncs.runs.values import describe
 
 if TYPE_CHECKING:
     import pandas
+
+_FACTS = ("run", "status", "took")  # the columns that every table of a sweep has
 
 
 @dataclass(frozen=True)
@@ -36,19 +38,25 @@ class SweepResult:
         return self.runs[number]
 
     def table(self) -> Table:
-        """One row per point: run, status, duration, parameters and metrics; the best one stands out."""
+        """One row per point: run, status, duration, parameters and metrics; the best one stands out.
+
+        A metric that is named like a parameter, or like a column before it, has the column "metric.<name>".
+        """
+        goal = self.objective.name if self.objective else None
         metrics = list(dict.fromkeys(name for run in self.runs for name in run.metrics))
-        params = list(dict.fromkeys(name for point in self.points for name in point))
-        value = [self.objective.name] if self.objective and self.objective.name not in metrics else []
+        if goal is not None and goal not in metrics:
+            metrics = [goal, *metrics]
+        params = _columns("param", dict.fromkeys(name for point in self.points for name in point), _FACTS)
+        shown = _columns("metric", metrics, [*_FACTS, *params.values()])
         rows = []
         for run, point, objective in zip(self.runs, self.points, self.values, strict=True):
             row = {"run": run.id, "status": run.status, "took": format_duration(run.duration_s)}
-            row |= {_column(name, metrics): describe(point.get(name), {}) for name in params}
-            rows.append({**row, **run.metrics, **dict.fromkeys(value, objective)})
-        columns = ["run", "status", "took", *(_column(name, metrics) for name in params), *value, *metrics]
+            row |= {column: describe(point.get(name), {}) for name, column in params.items()}
+            numbers = {**({} if goal is None else {goal: objective}), **run.metrics}
+            rows.append({**row, **{shown[name]: value for name, value in numbers.items()}})
         number = self._best_number()
-        best = {(number, self.objective.name)} if self.objective and number is not None else set()
-        return Table(tuple(columns), tuple(rows), best=frozenset(best))
+        best = {(number, shown[goal])} if goal is not None and number is not None else set()
+        return Table((*_FACTS, *params.values(), *shown.values()), tuple(rows), best=frozenset(best))
 
     def to_pandas(self) -> pandas.DataFrame:
         """The table as a DataFrame."""
@@ -76,5 +84,12 @@ def describe_point(point: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={format_value(describe(value, {}))}" for name, value in point.items())
 
 
-def _column(param: str, metrics: Sequence[str]) -> str:
-    return f"param {param}" if param in {*metrics, "run", "status", "took"} else param
+def _columns(kind: str, names: Iterable[str], taken: Iterable[str]) -> dict[str, str]:
+    """The column of each name: itself, or with its kind before it where that is taken."""
+    columns: dict[str, str] = {}
+    for name in names:
+        column = name
+        while column in {*taken, *columns.values()}:
+            column = f"{kind}.{column}"
+        columns[name] = column
+    return columns

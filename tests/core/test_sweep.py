@@ -161,9 +161,26 @@ class TestSweep:
     def test_good_enough_leaves_the_rest_out(self):
         options = {"grid": {"a": list(range(40))}, "objective": "max:auc", "parallel": 1, "progress": False}
         result = score.sweep(**options, stop_early=3.0)
-        assert 4 <= len(result.runs) < 20 and result.best.metrics["auc"] >= 3.0
+        assert len(result.runs) == 4 and result.best.metrics["auc"] == 3.0
         result = score.sweep(**options, stop_early=lambda values: len(values) >= 3)
-        assert 3 <= len(result.runs) < 20
+        assert len(result.runs) == 3
+
+    def test_a_metric_named_like_a_parameter_has_a_column_of_its_own(self):
+        @ml.function
+        def fit(x: int, status: int) -> float:
+            ml.log_metric("x", x * 10)
+            ml.log_metric("took", 5)
+            return float(x)
+
+        frame = fit.sweep(
+            list=[{"x": 1, "status": 7}, {"x": 2, "status": 8}], objective="max:x", parallel=1, progress=False
+        ).to_pandas()
+        assert [*frame.columns] == ["run", "status", "took", "x", "param.status", "metric.took", "metric.x"]
+        assert frame["x"].tolist() == [1, 2] and frame["metric.x"].tolist() == [10.0, 20.0]
+
+    def test_an_argument_among_the_options_is_pointed_to_params(self):
+        with pytest.raises(SpecError, match=r"no option 'b'.*params=\{'b': ...\}"):
+            score.sweep(grid={"a": [1]}, b=2.0)
 
     def test_shared_tables_are_stored_once_and_every_point_gets_them(self, settings):
         @ml.function
