@@ -13,7 +13,7 @@ from mlfuncs.settings import read_settings
 if TYPE_CHECKING:
     from mlfuncs.runs.run import Run
 
-_limit = click.option("--limit", default=20, show_default=True, help="How many at most.")
+_limit = click.option("--limit", default=20, type=click.IntRange(min=1), show_default=True, help="How many at most.")
 
 
 @click.command()

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from mlfuncs.display import Table
-from mlfuncs.errors import RunFailed, SpecError
+from mlfuncs.errors import InvalidInput, RunFailed, SpecError
 from mlfuncs.registry import Registry, RunRow, open_registry
 from mlfuncs.runs.capture import captured
 from mlfuncs.runs.comparison import compare
@@ -51,6 +51,8 @@ def run(
     False it returns at once. Raises RunFailed when the function raises, InvalidInput for arguments that do not fit,
     SpecError for options that do not go together.
     """
+    if params is not None and not isinstance(params, Mapping):
+        raise InvalidInput(f"params must be a dict of argument names and values, like {{'depth': 3}}, not {params!r}")
     return run_function(function, (), params, isolation=isolation, target=target, wait=wait, timeout_s=timeout_s)
 
 

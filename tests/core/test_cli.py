@@ -209,6 +209,12 @@ def test_errors_say_what_and_how_to_mend_it(capsys: Any, arguments: list[str], e
     assert words in err
 
 
+@pytest.mark.parametrize("limit", ["0", "-1"])
+def test_a_limit_below_one_is_refused(capsys: Any, limit: str):
+    status, _, err = fails(capsys, "ls", "runs", "--limit", limit)
+    assert status == 2 and f"{limit} is not in the range x>=1" in err
+
+
 def test_nothing_runs_and_that_is_fine(ask: Any, settings: Any):
     assert ask("status") == {"supervisor": None, "router": None, "endpoints": []}
     assert ask("down") == {"stopped": []}

@@ -95,6 +95,10 @@ class TestInline:
         assert 0 <= run.duration_s < 10 and run.cpu_s >= 0 and run.peak_memory_mib > 1
         assert run.error is None and run.traceback == "" and run.logs == ""
 
+    def test_parameters_that_are_no_dict_are_refused(self):
+        with pytest.raises(InvalidInput, match=r"params must be a dict .*, not \[1\]"):
+            ml.run(double, [1])
+
     def test_a_named_tuple_is_several_outputs_and_tables_are_loaded_when_asked(self):
         run = train.run(rows=4)
         assert isinstance(run.outputs["model"], Artifact) and run.outputs["model"].kind == "parquet"
