@@ -23,8 +23,9 @@ def check_range(array: pa.Array, kind: FeatureType) -> None:
     """Raises pa.ArrowInvalid with the first number that `kind` has no place for; an inf is a float32 like any other."""
     for numbers, leaf in _leaves(array, kind):
         if leaf.kind == "float32" and pa.types.is_float64(numbers.type):
-            lost = pc.and_(pc.is_inf(numbers.cast(pa.float32(), safe=False)), pc.is_finite(numbers))
-            _refuse(numbers, lost, f"-{_FLOAT32_MAX} to {_FLOAT32_MAX}")
+            infinite = pc.is_inf(numbers.cast(pa.float32(), safe=False))
+            if pc.any(infinite).as_py():
+                _refuse(numbers, pc.and_(infinite, pc.is_finite(numbers)), f"-{_FLOAT32_MAX} to {_FLOAT32_MAX}")
         elif leaf.kind == "decimal":
             _check_decimals(numbers, leaf.precision - leaf.scale)
 
