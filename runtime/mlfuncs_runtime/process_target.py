@@ -92,7 +92,8 @@ class ProcessTarget:
         for _ in range(_DELETE_TRIES):
             if self._order(order, timeout_s=40.0)["deleted"]:
                 return
-        raise Unavailable(f"endpoint {row.name!r} is deleted, but its processes still run: see the logs in {self._places.logs}")
+        what = f"endpoint {row.name!r} is deleted, but its processes still run"
+        raise Unavailable(f"{what}: see the logs in {self._places.logs}")
 
     # --- the home as a whole, for the command line
 
