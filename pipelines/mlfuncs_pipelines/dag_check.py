@@ -252,14 +252,8 @@ class DagCheck:
             self._add(f"{place}.items", f"the loop goes over {iterator.source_input!r}, which is no input", mend)
 
     def _check_cycle(self) -> None:
-        left = {name: set(task.dependencies) & set(self.tasks) for name, task in self.tasks.items()}
-        while ready := [name for name, needs in left.items() if not needs]:
-            for name in ready:
-                del left[name]
-            for needs in left.values():
-                needs.difference_update(ready)
-        if left:
-            cycle = one_cycle(left)
+        cycle = find_cycle({name: set(task.dependencies) & set(self.tasks) for name, task in self.tasks.items()})
+        if cycle:
             mend = f"remove one of the dependencies between {' and '.join(sorted(set(cycle)))}"
             self._add("tasks", f"the tasks wait for each other: {' -> '.join(cycle)}", mend)
 
@@ -295,18 +289,32 @@ def _loop_items(pipeline: Pipeline) -> set[str]:
 
 
 def dags_of(pipeline: Pipeline) -> list[Dag]:
+    """The root's graph and those of all components that have one."""
     return [component.dag for component in (pipeline.root, *pipeline.components.values()) if component.dag]
 
 
-def one_cycle(edges: Mapping[str, set[str]]) -> list[str]:
-    """One cycle in a graph in which every node has an edge into the graph."""
-    path = [min(edges)]
+def find_cycle(edges: Mapping[str, set[str]]) -> list[str]:
+    """One cycle of the graph, its first node again at the end; empty when there is none.
+
+    >>> find_cycle({"a": {"b"}, "b": {"a"}, "c": {"a"}})
+    ['a', 'b', 'a']
+    """
+    left = {node: set(targets) for node, targets in edges.items()}
+    while ends := [node for node, targets in left.items() if not targets]:
+        for node in ends:
+            del left[node]
+        for targets in left.values():
+            targets.difference_update(ends)
+    if not left:
+        return []
+    path = [min(left)]  # every node that is left has an edge to another one
     while path[-1] not in path[:-1]:
-        path.append(min(name for name in edges[path[-1]] if name in edges))
+        path.append(min(left[path[-1]]))
     return path[path.index(path[-1]) :]
 
 
 def nearest(name: str, known: Iterable[str], intro: str) -> str:
+    """How to mend a wrong name: the near one that is known, else `intro` and the first of those known."""
     names = list(known)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     if near:

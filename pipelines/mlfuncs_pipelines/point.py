@@ -12,7 +12,7 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,22 +25,26 @@ def point_signature() -> Signature:
     """The interface of every point step."""
     from mlfuncs.interface.signature import Signature
 
-    def point(point: str, shared: str, sweep: str) -> dict[str, Any]:
-        raise NotImplementedError
+    return Signature.of(_step_of(None))
 
-    return Signature.of(point)
+
+def _step_of(loaded: Loaded | None) -> Callable[[str, str, str], dict[str, Any]]:
+    """The step over the swept function; None when only its signature is wanted, before there is one."""
+
+    def point(point: str, shared: str, sweep: str) -> dict[str, Any]:
+        assert loaded is not None
+        return run_point(loaded, json.loads(point), json.loads(shared), sweep)
+
+    return point
 
 
 def as_point(loaded: Loaded) -> Loaded:
     """`loaded` as the step that runs one point of a sweep."""
     from mlfuncs_pipelines.ports import input_ports, output_ports
 
-    def point(point: str, shared: str, sweep: str) -> dict[str, Any]:
-        return run_point(loaded, json.loads(point), json.loads(shared), sweep)
-
     signature = point_signature()
     inputs, outputs = input_ports(signature), output_ports(signature)
-    return dataclasses.replace(loaded, target=point, signature=signature, inputs=inputs, outputs=outputs)
+    return dataclasses.replace(loaded, target=_step_of(loaded), signature=signature, inputs=inputs, outputs=outputs)
 
 
 def run_point(loaded: Loaded, given: Mapping[str, Any], shared: Mapping[str, Any], sweep: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from mlfuncs.errors import InvalidInput
-from mlfuncs_pipelines.dag_check import DagCheck, dags_of, nearest, one_cycle
+from mlfuncs_pipelines.dag_check import DagCheck, dags_of, find_cycle, nearest
 from mlfuncs_pipelines.ir import ABSENT, Component, Pipeline
 from mlfuncs_pipelines.ir_shape import Problem
 from mlfuncs_pipelines.placeholders import mentions
@@ -88,14 +88,8 @@ def _check_nesting(pipeline: Pipeline, problems: list[Problem]) -> None:
         for name, component in pipeline.components.items()
         if component.dag
     }
-    inside = {name: {child for child in children if child in inside} for name, children in inside.items()}
-    while ready := [name for name, children in inside.items() if not children]:
-        for name in ready:
-            del inside[name]
-        for children in inside.values():
-            children.difference_update(ready)
-    if inside:
-        cycle = one_cycle(inside)
+    cycle = find_cycle({name: {child for child in children if child in inside} for name, children in inside.items()})
+    if cycle:
         mend = "a pipeline cannot contain itself; remove the inner use"
         problems.append(Problem(f"components.{cycle[0]}", f"components contain each other: {' -> '.join(cycle)}", mend))
 
