@@ -63,15 +63,17 @@ class Processes:
         """The steps that ended, once one did or `timeout_s` is over; those that take too long are killed."""
         ended: list[tuple[Running, Exit]] = []
         for descriptor, _ in self._poll.poll(timeout_s * 1000):
-            worker = self._sockets[descriptor]
+            worker = self._sockets.get(descriptor)
+            if worker is None:  # idle, and let go while this loop moved steps to other workers
+                continue
             for end in worker.receive():
                 running = self.running.pop(end.step_id)
                 self._measure(running, end)
                 ended.append((running, end))
             self._move_on(worker)
-            if worker.is_idle and (worker.single or _has_hung_up(worker)):
-                self._poll.unregister(descriptor)
-                del self._sockets[descriptor]
+            if worker.is_idle and _has_hung_up(worker):
+                self._forget(descriptor)
+                worker.close()
         now = time.monotonic()
         for running in self.running.values():
             self._follow(running)
@@ -99,9 +101,15 @@ class Processes:
         worker = self._pool.get(prepared.plan.preload or _COMMAND)
         descriptor = worker.socket.fileno()
         if self._sockets.get(descriptor) is not worker:
+            for closed in [key for key, kept in self._sockets.items() if kept.is_closed]:
+                self._forget(closed)  # to make room for this one
             self._sockets[descriptor] = worker
             self._poll.register(descriptor, select.POLLIN | select.POLLHUP)
         return worker
+
+    def _forget(self, descriptor: int) -> None:
+        self._poll.unregister(descriptor)
+        del self._sockets[descriptor]
 
     def _move_on(self, worker: Worker) -> None:
         """Give the steps that a worker cannot take to another one."""

@@ -132,6 +132,11 @@ class Worker:
                 self.process.wait(timeout=5)
 
     @property
+    def is_closed(self) -> bool:
+        """Whether the zygote was let go."""
+        return self.socket.fileno() < 0
+
+    @property
     def is_idle(self) -> bool:
         """Whether no step runs or waits here."""
         return not (self.running or self.pending or self.overflow)
@@ -198,7 +203,8 @@ class WorkerPool:
                 self._workers[preload] = worker  # remembered as what cannot be forked
                 return _spawn(preload, single=True)
             if worker is not None and not _is_alive(worker):
-                worker.close()
+                if worker.is_idle:  # else its run has still to hear of the end of its steps
+                    worker.close()
                 worker = None
             if worker is None:
                 self._evict()

@@ -12,10 +12,12 @@ import mlfuncs as ml
 from mlfuncs.cli import main
 from mlfuncs.errors import Conflict, InvalidInput, RunFailed, SpecError
 from mlfuncs.settings import read_settings
+from mlfuncs_pipelines import runner
 from mlfuncs_pipelines.engine import Observer
 from mlfuncs_pipelines.run_lock import sole_engine
 from mlfuncs_pipelines.run_log import PipelineRun, StepRecord, known_runs, runs_folder
 from mlfuncs_pipelines.runner import resume_run, run_pipeline
+from mlfuncs_pipelines.workers import WorkerPool
 
 sys.path.append(str(Path(__file__).parent))
 import own_steps as steps
@@ -45,6 +47,18 @@ def test_a_run_is_resumed_only_with_its_own_parameters_and_pipeline() -> None:
         doubled.run(resume=first.id)
     assert halved.run(resume=first.id).output == halved.run(x=2, resume=first.id).output == 1.0
     assert halved.run(x=4, resume=halved.run().id).output == 2.0  # what was left out had its default
+
+
+def test_a_run_may_have_more_kinds_of_steps_than_workers_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    @ml.pipeline
+    def varied(x: float = 4.0):
+        first = steps.half(x)
+        at_once = [steps.add(1), steps.configure(x), steps.notes(x), steps.report(x), steps.anything(1)]
+        later = steps.measure(first.output).after(*at_once)  # its worker takes the room of all those
+        return steps.half(first.output).after(later).output
+
+    monkeypatch.setattr(runner, "_idle", [WorkerPool(limit=1)])
+    assert varied.run(parallel=6).output == 1.0
 
 
 class _ResumesToo(Observer):
