@@ -117,7 +117,7 @@ def s3_server() -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
     finally:
         server.kill()
-        server.wait(30)
+        server.wait(60)
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ def _as_plain_user(folder: Path) -> list[str]:
 
 
 def _wait_until_ready(server: subprocess.Popen[bytes], pg_isready: Path, folder: Path, port: int) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline and server.poll() is None:
         ready = subprocess.run([str(pg_isready), "-h", "127.0.0.1", "-p", str(port), "-q"], check=False)
         if ready.returncode == 0:

@@ -32,12 +32,12 @@ def share(amount_sum_1h: float | None, amount: float | None, limit: float) -> fl
 
 class UnixConnection(http.client.HTTPConnection):
     def __init__(self, path):
-        super().__init__("worker", timeout=20)
+        super().__init__("worker", timeout=60)
         self.path = path
 
     def connect(self):
         self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(20)
+        self.sock.settimeout(60)
         self.sock.connect(self.path)
 
 
@@ -86,7 +86,7 @@ def test_a_worker_reads_the_features_of_its_callers_keys(tmp_path):
         assert checked.cells == 4 and checked.is_equal, str(checked)
     finally:
         process.kill()
-        process.wait(10)
+        process.wait(60)
         store.online.close()
         stop_embedded(settings)
 

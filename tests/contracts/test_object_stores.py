@@ -114,7 +114,7 @@ class TestLocalObjects(ObjectStoreContract):
         writer = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
         assert writer.stdout is not None and writer.stdout.readline() == b"written\n"
         os.kill(writer.pid, signal.SIGKILL)
-        writer.wait(10)
+        writer.wait(60)
         writer.stdout.close()
         assert not (tmp_path / "objects").exists()
         assert LocalObjects(tmp_path).sweep_staging(time.time() + 2 * 24 * 3600) == 1

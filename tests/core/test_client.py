@@ -198,7 +198,7 @@ def test_no_answer_in_time_is_a_deadline(server: Server):
     gate = threading.Event()
 
     def late(_handler: BaseHTTPRequestHandler, _body: bytes) -> tuple[int, dict[str, str], bytes]:
-        gate.wait(20)
+        gate.wait(60)
         return 200, {}, b""
 
     server.reply = late

@@ -324,7 +324,7 @@ def test_an_installed_wheel_is_put_in_by_copy(tmp_path: Path) -> None:
         "print(environment.own_requirements(), environment.own_requirements(['featurestore']))"
     )
     command = [sys.executable, "-c", code, str(site), str(target)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (target / "mlfuncs" / "bundles" / "bundle.py").exists()
     assert (target / "mlfuncs-0.1.0.dist-info" / "METADATA").exists()

@@ -49,7 +49,7 @@ def version_in(settings):
 
 def run_python(code, **environ):
     return subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environ}, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code], env={**os.environ, **environ}, capture_output=True, text=True, timeout=120
     )
 
 
@@ -176,7 +176,7 @@ class TestPlaces:
         command = [sys.executable, "-c", code]
         if os.geteuid() == 0:
             command = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", *command]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd="/tmp")
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd="/tmp")
         for path in (settings.home.parent, settings.home):
             path.chmod(stat.S_IRWXU)
         assert "StorageError" in done.stderr and "MLFUNCS_HOME" in done.stderr, done.stderr

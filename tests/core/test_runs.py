@@ -414,7 +414,7 @@ class TestIsolated:
     def test_functions_of_a_script_can_be_handed_to_a_process_pool(self, tmp_path):
         (tmp_path / "script.py").write_text(SCRIPT_WITH_POOL)
         done = subprocess.run(
-            [sys.executable, tmp_path / "script.py"], capture_output=True, text=True, timeout=60, cwd=tmp_path
+            [sys.executable, tmp_path / "script.py"], capture_output=True, text=True, timeout=120, cwd=tmp_path
         )
         assert done.stdout.splitlines()[-1:] == ["[2, 4]"], done.stderr
 

@@ -40,7 +40,7 @@ def running(folder: Path, *options: str):
         yield process
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(60)
 
 
 def answers(client, seconds=15.0, ready=lambda client: client.ping()):

@@ -173,7 +173,7 @@ def test_the_client_gives_values_and_the_servers_errors(store):
             client.get_online_features(["profile:cty"], {"user_id": [1]})
     finally:
         server.should_exit = True
-        thread.join(10)
+        thread.join(60)
     with pytest.raises(Unavailable):
         FeatureClient("http://127.0.0.1:1").get_online_features(["profile:city"], {"user_id": [1]})
     assert Unauthorized.status == 401

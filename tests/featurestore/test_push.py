@@ -235,7 +235,7 @@ def test_the_log_is_committed_at_each_of_the_moments_it_says(store, monkeypatch)
 def test_a_flusher_commits_in_the_background_and_at_the_end(store, monkeypatch):
     with Flusher(store, every_s=0.01):
         store.push("spend", row(1, 1.0), now=NOW)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while not stored_rows(store):
             assert time.monotonic() < deadline
     with Flusher(store, every_s=3600):

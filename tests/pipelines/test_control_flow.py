@@ -453,7 +453,7 @@ def test_independent_steps_run_at_the_same_time(run: Run, tmp_path: Path) -> Non
         import time
 
         open(os.path.join(folder, me), "w").close()
-        deadline = time.time() + 20
+        deadline = time.time() + 60
         while not os.path.exists(os.path.join(folder, other)):
             if time.time() > deadline:
                 raise TimeoutError("the other step never started")

@@ -227,7 +227,7 @@ def test_a_handler_past_its_timeout_is_a_504(asynchronous: bool) -> None:
     release = threading.Event()
 
     def wait(x: int) -> int:
-        release.wait(10)
+        release.wait(60)
         return x
 
     async def wait_async(x: int) -> int:
@@ -256,7 +256,7 @@ def test_while_a_handler_thread_is_past_its_timeout_the_worker_is_not_ready() ->
     release = threading.Event()
 
     def wait(x: int) -> int:
-        release.wait(10)
+        release.wait(60)
         return x
 
     async def scenario() -> list[int]:
@@ -279,7 +279,7 @@ def test_a_handler_that_does_not_come_back_fails_what_waits_and_tells_the_worker
     release, told = threading.Event(), threading.Event()
 
     def wait(x: int) -> int:
-        release.wait(10)
+        release.wait(60)
         return x
 
     async def scenario() -> list[int]:
@@ -300,7 +300,7 @@ def test_a_full_queue_is_a_429_with_retry_after_and_health_checks_still_answer()
     release = threading.Event()
 
     def wait(x: int) -> int:
-        release.wait(10)
+        release.wait(60)
         return x
 
     async def scenario() -> tuple[Answer, int, list[int]]:
@@ -409,7 +409,7 @@ def test_a_stream_whose_client_leaves_closes_the_generator() -> None:
                 gone.set()
 
         scope = {"type": "http", "method": "POST", "path": "/", "headers": [], "query_string": b""}
-        await asyncio.wait_for(app(scope, receive, collect), 10)
+        await asyncio.wait_for(app(scope, receive, collect), 60)
 
     asyncio.run(scenario())
     assert closed.is_set()

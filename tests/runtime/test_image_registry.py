@@ -47,17 +47,17 @@ def registry(require, tmp_path):
     (tmp_path / "registry.yml").write_text(json.dumps(config))
     with open(tmp_path / "registry.log", "wb") as log:
         server = subprocess.Popen([program, "serve", str(tmp_path / "registry.yml")], stdout=log, stderr=log)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while True:
         try:
-            urllib.request.urlopen(f"http://{address}/v2/", timeout=5)
+            urllib.request.urlopen(f"http://{address}/v2/", timeout=60)
             break
         except OSError:
             assert server.poll() is None and time.monotonic() < deadline, (tmp_path / "registry.log").read_text()
             time.sleep(0.05)
     yield address
     server.terminate()
-    server.wait(10)
+    server.wait(60)
 
 
 @pytest.fixture

@@ -271,7 +271,7 @@ def test_the_first_process_reaps_passes_signals_on_and_ends_with_the_workers_sta
         assert process.stdout.readline() == b"up\n"
         time.sleep(0.1)
         process.terminate() if end == "signal" else process.stdin.close()
-        assert process.wait(20) == status
+        assert process.wait(60) == status
         process.stdout.close()
 
 
@@ -280,11 +280,11 @@ def _docker(*arguments):
 
 
 def _answer(url, body, container):
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while True:
         try:
             request = urllib.request.Request(url, json.dumps(body).encode(), method="POST")
-            return urllib.request.urlopen(request, timeout=10).read()
+            return urllib.request.urlopen(request, timeout=60).read()
         except OSError:
             if time.monotonic() > deadline:
                 raise AssertionError(_docker("logs", container)) from None

@@ -206,7 +206,7 @@ def test_cancel_deletes_the_job_and_stops_the_function(jobs, function, tmp_path,
     run.cancel()
     assert run.status == "cancelled" and api.names("jobs") == []
     for process in jobs.processes.values():
-        assert process.wait(30) == 143
+        assert process.wait(60) == 143
 
 
 def test_a_job_outlives_the_process_that_started_it_and_is_found_again(jobs, function, tmp_path, api):

@@ -41,11 +41,11 @@ def served(target: Any) -> Iterator[str]:
         time.sleep(0.005)
     yield f"127.0.0.1:{listener.getsockname()[1]}"
     server.should_exit = True
-    thread.join(10)
+    thread.join(60)
 
 
 def post(address: str, document: Any, path: str = "/v2/models/demo/infer", **headers: str) -> tuple[int, Any]:
-    connection = http.client.HTTPConnection(address, timeout=10)
+    connection = http.client.HTTPConnection(address, timeout=60)
     body = document if isinstance(document, bytes) else json.dumps(document).encode()
     connection.request("POST", path, body, headers)
     answer = connection.getresponse()
@@ -55,7 +55,7 @@ def post(address: str, document: Any, path: str = "/v2/models/demo/infer", **hea
 
 
 def get(address: str, path: str) -> tuple[int, Any]:
-    connection = http.client.HTTPConnection(address, timeout=10)
+    connection = http.client.HTTPConnection(address, timeout=60)
     connection.request("GET", path)
     answer = connection.getresponse()
     content = answer.read()

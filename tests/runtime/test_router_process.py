@@ -195,7 +195,7 @@ async def process(listener: socket.socket, folder: Path, *more: str) -> AsyncIte
     finally:
         if running.returncode is None:
             running.send_signal(signal.SIGTERM)
-        await asyncio.wait_for(running.wait(), 10)
+        await asyncio.wait_for(running.wait(), 60)
 
 
 def listen() -> socket.socket:
@@ -328,7 +328,7 @@ def test_wakes_the_supervisor_and_serves_once_it_is_told_of_a_worker(home: Path)
 
 def test_command_line_refuses_an_open_address_without_a_token(home: Path) -> None:
     command = [sys.executable, "-m", "mlfuncs_runtime.router.process", "--host", "0.0.0.0", "--port", "0"]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False, env={**os.environ})
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env={**os.environ})
     assert ended.returncode == 1
     assert ended.stderr.startswith("mlfuncs router: ")
     assert "MLFUNCS_TOKEN" in ended.stderr

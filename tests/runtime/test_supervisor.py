@@ -64,7 +64,7 @@ def target() -> ProcessTarget:
     return ProcessTarget(read_settings())
 
 
-def wait_until(holds: Callable[[], Any], what: str, timeout_s: float = 30.0) -> None:
+def wait_until(holds: Callable[[], Any], what: str, timeout_s: float = 60) -> None:
     deadline = time.monotonic() + timeout_s
     while not holds():
         assert time.monotonic() < deadline, f"waited {timeout_s} s for {what}"
@@ -125,7 +125,7 @@ def test_up_is_idempotent_and_down_leaves_nothing(own_home: Settings):
 def test_a_second_supervisor_of_the_same_home_refuses_politely():
     first = target().start()
     command = [sys.executable, "-m", "mlfuncs_runtime.supervisor.process"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 3
     assert f"runs already (pid {first['pid']})" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr

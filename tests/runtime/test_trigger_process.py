@@ -29,7 +29,7 @@ from mlfuncs_runtime.supervisor.triggers import process_path
 redis = pytest.importorskip("redis")
 
 
-def wait_until(holds: Callable[[], Any], what: str, timeout_s: float = 40.0) -> Any:
+def wait_until(holds: Callable[[], Any], what: str, timeout_s: float = 60) -> Any:
     deadline = time.monotonic() + timeout_s
     while not (found := holds()):
         assert time.monotonic() < deadline, f"waited {timeout_s} s for {what}"
@@ -66,7 +66,7 @@ def redis_url(tmp_path: Path, require: Callable[[str, object], None]) -> Iterato
         yield f"redis://127.0.0.1:{port}/0"
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(60)
 
 
 def trigger_pid() -> int | None:
@@ -91,7 +91,7 @@ def status() -> list[dict[str, Any]]:
 
 def metrics(url: str) -> dict[str, float]:
     """The samples of mlfuncs_trigger_* of the home's only trigger; promtool has found nothing wrong with any."""
-    with urllib.request.urlopen(f"{url.rpartition('/')[0]}/-/metrics", timeout=10) as answer:
+    with urllib.request.urlopen(f"{url.rpartition('/')[0]}/-/metrics", timeout=60) as answer:
         text = answer.read().decode()
     subprocess.run(["promtool", "check", "metrics"], input=text, text=True, check=True, capture_output=True)
     found = re.findall(r"^mlfuncs_trigger_(\w+)\{.*\} (\S+)$", text, re.MULTILINE)
@@ -208,7 +208,7 @@ def test_records_of_a_kafka_topic_reach_the_endpoint_and_poison_goes_aside(live:
             file.write(f"{number}\n")
 
     producer = kafka.Producer({"bootstrap.servers": "mock", "test.mock.num.brokers": 1, "log_level": 0})
-    servers = ",".join(f"{one.host}:{one.port}" for one in producer.list_topics(timeout=10).brokers.values())
+    servers = ",".join(f"{one.host}:{one.port}" for one in producer.list_topics(timeout=60).brokers.values())
 
     def send(numbers: Iterable[int]) -> None:
         for number in numbers:

@@ -31,12 +31,12 @@ ROOT = Path(__file__).parents[2]
 
 class UnixConnection(http.client.HTTPConnection):
     def __init__(self, path: str) -> None:
-        super().__init__("worker", timeout=20)
+        super().__init__("worker", timeout=60)
         self.path = path
 
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(20)
+        self.sock.settimeout(60)
         self.sock.connect(self.path)
 
 
@@ -79,12 +79,12 @@ class Worker:
     def stop(self) -> None:
         if self.process.poll() is None:
             self.process.kill()
-        self.process.wait(10)
+        self.process.wait(60)
         assert self.process.stderr is not None
         self.process.stderr.close()
 
 
-def wait_for(condition: Any, timeout_s: float = 10) -> None:
+def wait_for(condition: Any, timeout_s: float = 60) -> None:
     end = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < end, "the condition did not come true in time"
@@ -134,7 +134,7 @@ def test_serves_a_bundle_until_sigterm_and_ends_within_a_second_when_idle(start:
     assert b"mlfuncs_worker_cold_start_seconds" in worker.request("GET", "/-/metrics")[2]
     began = time.monotonic()
     worker.process.send_signal(signal.SIGTERM)
-    assert worker.process.wait(5) == 0
+    assert worker.process.wait(60) == 0
     assert time.monotonic() - began < 1
     assert not os.path.exists(worker.config.socket)
 
@@ -153,7 +153,7 @@ def test_a_sigterm_that_does_not_wake_the_main_thread_ends_the_worker_all_the_sa
     pid = worker.process.pid
     other = next(int(task) for task in os.listdir(f"/proc/{pid}/task") if int(task) != pid)
     assert ctypes.CDLL(None, use_errno=True).tgkill(pid, other, signal.SIGTERM) == 0
-    assert worker.process.wait(10) == 0
+    assert worker.process.wait(60) == 0
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
@@ -192,7 +192,7 @@ def test_finishes_a_request_in_flight_after_sigterm_and_closes_its_connection(st
     answer = connection.getresponse()
     assert (answer.status, json.loads(answer.read()), answer.getheader("connection")) == (200, "done", "close")
     connection.close()
-    assert worker.process.wait(5) == 0
+    assert worker.process.wait(60) == 0
 
 
 def test_streams_on_while_its_quick_steps_move_onto_the_loop(start: Any) -> None:
@@ -231,7 +231,7 @@ def test_a_handler_that_never_returns_gets_a_504_and_the_process_gives_up(start:
     assert status == 504
     assert json.loads(body)["request_id"] == headers["x-request-id"]
     assert worker.status("/-/ready") in (503, 0)
-    assert worker.process.wait(5) == 70
+    assert worker.process.wait(60) == 70
 
 
 def test_a_quick_handler_that_hangs_inline_gets_a_504_and_the_health_check_still_answers(start: Any) -> None:
@@ -253,7 +253,7 @@ def test_a_quick_handler_that_hangs_inline_gets_a_504_and_the_health_check_still
         answer = connection.getresponse()
         assert (answer.status, json.loads(answer.read())["request_id"]) == (504, "hung")
     assert worker.status("/-/ready") in (503, 0)
-    assert worker.process.wait(6) == 70
+    assert worker.process.wait(60) == 70
 
 
 def test_requests_that_come_while_the_loop_stands_still_are_answered_when_it_goes_on(start: Any) -> None:
@@ -323,7 +323,7 @@ def test_a_bundle_that_cannot_load_ends_the_process_and_leaves_the_reason(start:
             return x
 
     worker = start(Broken)
-    assert worker.process.wait(20) == 78
+    assert worker.process.wait(60) == 78
     problem = json.loads(Path(worker.config.socket + ".error").read_text())
     assert problem["detail"] == "no model here"
     assert "no model here" in worker.log()

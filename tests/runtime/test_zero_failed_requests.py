@@ -105,7 +105,7 @@ class Load:
         self.bodies[body] += 1
 
 
-def wait_until(holds: Callable[[], Any], what: str, timeout_s: float = 45.0) -> None:
+def wait_until(holds: Callable[[], Any], what: str, timeout_s: float = 60) -> None:
     deadline = time.monotonic() + timeout_s
     while not holds():
         assert time.monotonic() < deadline, f"waited {timeout_s} s for {what}"

@@ -29,16 +29,16 @@ ROOT = Path(__file__).parents[2]
 
 class UnixConnection(http.client.HTTPConnection):
     def __init__(self, path: str) -> None:
-        super().__init__("worker", timeout=20)
+        super().__init__("worker", timeout=60)
         self.path = path
 
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(20)
+        self.sock.settimeout(60)
         self.sock.connect(self.path)
 
 
-def wait_for(condition: Any, timeout_s: float = 10) -> None:
+def wait_for(condition: Any, timeout_s: float = 60) -> None:
     end = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < end, "the condition did not come true in time"
@@ -76,7 +76,7 @@ class ZygoteUnderTest:
 
     def order(self, **order: Any) -> dict[str, Any]:
         with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(20)
+            connection.settimeout(60)
             connection.connect(self.control)
             connection.sendall(json.dumps(order).encode() + b"\n")
             with connection.makefile("rb") as file:
@@ -103,13 +103,13 @@ class ZygoteUnderTest:
     def stop(self) -> None:
         for child in self.spawned:
             child.kill()
-            child.wait(10)
+            child.wait(60)
         for pid in self.pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         if self.process.poll() is None:
             self.process.terminate()
-        self.process.wait(10)
+        self.process.wait(60)
 
 
 def _ready(path: str) -> bool:
@@ -184,7 +184,7 @@ def test_a_worker_outlives_its_zygote(start: Any) -> None:
     zygote = start(draw).wait_loaded()
     path = zygote.fork("r0")
     zygote.process.kill()
-    zygote.process.wait(5)
+    zygote.process.wait(60)
     assert request(path, {"n": 1})[0] == 200
 
 
@@ -235,7 +235,7 @@ def test_refuses_to_fork_with_the_names_of_the_threads_when_user_code_started_so
     answer = zygote.order(op="fork", replica="r0", socket=str(zygote.folder / "r0.sock"))
     assert answer["error"] == "Conflict"
     assert "cannot fork" in answer["message"]
-    assert zygote.process.wait(10) == 0
+    assert zygote.process.wait(60) == 0
 
 
 class Compiled:
@@ -274,7 +274,7 @@ def test_a_parallel_numba_kernel_that_ran_in_the_zygote_makes_it_refuse(start: A
     answer = zygote.order(op="ping")
     assert answer["error"] == "Conflict"
     assert "numba" in answer["message"]
-    assert zygote.process.wait(10) == 0
+    assert zygote.process.wait(60) == 0
 
 
 class Framed:
@@ -295,7 +295,7 @@ def test_polars_in_the_zygote_is_refused_by_name_and_answers_from_a_spawned_work
     answer = zygote.order(op="fork", replica="r0", socket=str(zygote.folder / "r0.sock"))
     assert answer["error"] == "Conflict"
     assert "polars" in answer["message"]
-    assert zygote.process.wait(10) == 0
+    assert zygote.process.wait(60) == 0
     assert request(zygote.spawn("r1"), {"x": [1.0, 2.0, 3.0]}) == (200, 6.0)
 
 
@@ -315,7 +315,7 @@ def test_a_function_that_cannot_load_leaves_the_reason_beside_the_control_socket
             return x
 
     zygote = start(Broken)
-    assert zygote.process.wait(30) == 78
+    assert zygote.process.wait(60) == 78
     assert json.loads(Path(zygote.control + ".error").read_text())["detail"] == "no model here"
 
 
