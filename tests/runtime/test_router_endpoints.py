@@ -117,10 +117,10 @@ def test_deadline_over_at_the_worker_is_504_and_ends_its_connection() -> None:
     async def test(harness: Harness) -> None:
         worker = await harness.worker()
         harness.route(worker)
-        reply = await harness.call("POST", "/predict/hang", b"{}", X_Mlfuncs_Timeout_Ms="80")
+        reply = await harness.call("POST", "/predict/hang", b"{}", X_Mlfuncs_Timeout_Ms="800")
         assert reply.status == 504
         await until(lambda: not worker.connections)
-        assert 0 < int(worker.seen[0].header("x-mlfuncs-timeout-ms")) <= 80
+        assert 0 < int(worker.seen[0].header("x-mlfuncs-timeout-ms")) <= 800
 
     with_router(test)
 
@@ -534,14 +534,14 @@ def test_under_load_a_mirror_that_never_answers_stays_bounded_and_every_caller_i
         assert most <= 64 and (endpoint.mirror.under_way, endpoint.mirror.dropped) == (64, 2000 - 64)
         assert endpoint.queued == 0 and endpoint.in_flight() == {"w0": 0, "w1": 64}
 
-    with_router(test, timeout_s=60.0)
+    with_router(test)
 
 
 def test_a_mirrored_copy_ends_with_the_endpoints_timeout() -> None:
     async def test(harness: Harness) -> None:
         main, shadow = await harness.worker("rev-1"), await harness.worker("rev-2")
         main.gate.set()
-        harness.route(main, shadow, mirror={"rev-2": 100}, limits=Limits(timeout_s=0.05))
+        harness.route(main, shadow, mirror={"rev-2": 100}, limits=Limits(timeout_s=1.0))
         mirror = harness.router.core.endpoints["predict"].mirror
         assert (await harness.call("POST", "/predict/gate", b"{}")).status == 200
         await until(lambda: mirror.sent == 1 and mirror.under_way == 0, "the copy to be given up")
@@ -635,4 +635,4 @@ def test_draining_finishes_what_is_in_flight_and_closes_politely() -> None:
         assert (reply.body, reply.header("connection")) == (b"opened", "close")
         await draining
 
-    with_router(test, RouterOptions(drain_timeout_s=5.0))
+    with_router(test, RouterOptions(drain_timeout_s=60.0))
