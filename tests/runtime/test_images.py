@@ -1,6 +1,7 @@
 """Function images: the same input gives the same digest, nothing of the building machine is in them, and they run."""
 
 import base64
+import dataclasses
 import functools
 import hashlib
 import http.server
@@ -152,7 +153,7 @@ def test_an_index_with_a_password_leaves_nothing_in_the_image(functions, setting
     settings = read_settings()
     image = assemble(functions("double"), MemoryBuilder().base(print), settings)
     archive = io.BytesIO()
-    write_archive(image, ["x:1"], archive, {})
+    write_archive(image, ["x:1"], archive, image.own_layers)
     whole = archive.getvalue()
     for word in (b"hunter2", b"ci-user", str(settings.home).encode()):
         assert word not in whole
@@ -162,7 +163,7 @@ def test_an_index_with_a_password_leaves_nothing_in_the_image(functions, setting
 def test_an_archive_is_what_docker_save_would_give(functions, settings, tmp_path):
     image = assemble(functions("double"), MemoryBuilder().base(print), settings)
     archive = io.BytesIO()
-    write_archive(image, ["a/b:1"], archive, {})
+    write_archive(image, ["a/b:1"], archive, image.own_layers)
     archive.seek(0)
     with tarfile.open(fileobj=archive) as members:
         (manifest,) = json.load(members.extractfile("manifest.json"))
@@ -224,6 +225,30 @@ def test_an_image_runs_read_only_without_a_network_and_stops_when_told(functions
 
 
 @pytest.mark.slow
+def test_after_a_change_of_the_code_the_engine_is_sent_that_layer_alone(functions, settings, docker_engine):
+    from mlfuncs_runtime.images.docker_builder import DockerBuilder
+
+    class Counted(DockerBuilder):
+        def _load(self, image, tags, layers, folder):
+            super()._load(image, tags, layers, folder)
+            sent.append(list(layers))  # reached only when the engine took it
+
+    sent, builder = [], Counted(settings)
+    base = builder.base(print)
+    images = [assemble(functions("double", factor=factor), base, settings) for factor in (2, 3)]
+    # a layer below the code's that no engine has seen
+    new = write_layer([Entry("/opt/function/of-this-test", os.urandom(16))], settings.home / "images" / "layers")
+    images = [dataclasses.replace(image, layers=(*image.layers[:-1], new, image.layers[-1])) for image in images]
+    names = [f"mlfuncs-test/change-{os.getpid()}:{number}" for number in (1, 2)]
+    try:
+        for image, name in zip(images, names, strict=True):
+            assert builder.store(image, [name]).id == image.id and builder.has(name)
+        assert sent == [list(images[0].own_layers), [images[1].layers[-1].diff_id]]
+    finally:
+        subprocess.run(["docker", "rmi", "--force", *names], capture_output=True, check=False)
+
+
+@pytest.mark.slow
 def test_an_engine_without_the_base_gets_all_layers(functions, settings, docker_engine):
     from mlfuncs_runtime.images.docker_builder import DockerBuilder
 
@@ -236,7 +261,7 @@ def test_an_engine_without_the_base_gets_all_layers(functions, settings, docker_
     folder.mkdir()
     layers = builder._base_layers(base, folder)
     assert set(layers) == set(base.diff_ids)
-    builder._load(image, [f"mlfuncs/test-full-{os.getpid()}:1"], layers, folder)
+    builder._load(image, [f"mlfuncs/test-full-{os.getpid()}:1"], {**layers, **image.own_layers}, folder)
     subprocess.run(["docker", "rmi", f"mlfuncs/test-full-{os.getpid()}:1"], capture_output=True, check=True)
 
 

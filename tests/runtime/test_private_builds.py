@@ -131,7 +131,7 @@ def test_a_functions_wheels_come_through_the_proxy_and_leave_no_trace(company, t
     made = ImageFunction("double", function.bundle.digest, RevisionConfig(function.spec))
     image = assemble([made], MemoryBuilder().base(print), settings)
     archive = io.BytesIO()
-    write_archive(image, ["x:1"], archive, {})
+    write_archive(image, ["x:1"], archive, image.own_layers)
     assert [word for word in PRIVATE if word in archive.getvalue()] == []
 
 

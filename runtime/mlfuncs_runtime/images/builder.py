@@ -60,7 +60,7 @@ class MemoryBuilder:
     def store(self, image: Image, tags: Sequence[str]) -> BuiltImage:
         """Keep the archive under every tag."""
         archive = io.BytesIO()
-        write_archive(image, tags, archive, {})
+        write_archive(image, tags, archive, image.own_layers)
         self.archives.update(dict.fromkeys(tags, archive.getvalue()))
         size = sum(layer.size_bytes for layer in image.layers)
         return BuiltImage(tags[0], image.id, size, size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +56,19 @@ class DockerBuilder:
             self._client.images.get(image).tag(repository, tag=tag)
 
     def store(self, image: Image, tags: Sequence[str]) -> BuiltImage:
-        """Load the image. Only layers that the engine may not have are sent; all of them when it wants that."""
+        """Load the image. The layer of the code is sent alone, what is below it only when the engine wants that."""
+        failure: Exception | None = None
         with tempfile.TemporaryDirectory(prefix="mlfuncs-image-") as folder:
-            try:
-                self._load(image, tags, {}, Path(folder))
-            except (APIError, DockerException, MlfuncsError):
-                self._load(image, tags, self._base_layers(image.base, Path(folder)), Path(folder))
+            for layers in self._parts(image, Path(folder)):
+                try:
+                    self._load(image, tags, layers, Path(folder))
+                    break
+                except (DockerException, MlfuncsError) as exc:  # it lacks a layer that was not sent
+                    failure = exc
+            else:
+                assert failure is not None
+                with _translated(tags[0], "stored"):
+                    raise failure
         return BuiltImage(
             tags[0],
             image.id,
@@ -89,10 +96,18 @@ class DockerBuilder:
             digests: list[str] = self._client.images.get(reference).attrs.get("RepoDigests") or []
         return next((digest for digest in digests if digest.startswith(f"{name}@")), "")
 
-    def _load(self, image: Image, tags: Sequence[str], base_layers: dict[str, Path], folder: Path) -> None:
+    def _parts(self, image: Image, folder: Path) -> Iterator[dict[str, Path]]:
+        """What an engine may need of an image to load it, from the newest layer to everything."""
+        own = image.own_layers
+        yield dict(list(own.items())[-1:])
+        if len(own) > 1:
+            yield own
+        yield {**self._base_layers(image.base, folder), **own}
+
+    def _load(self, image: Image, tags: Sequence[str], layers: Mapping[str, Path], folder: Path) -> None:
         path = folder / "image.tar"
         with path.open("wb") as file:
-            write_archive(image, tags, file, base_layers)
+            write_archive(image, tags, file, layers)
         with path.open("rb") as file:
             loaded = self._client.images.load(file)
         if image.id not in [found.id for found in loaded]:

@@ -66,6 +66,11 @@ class Image:
         return f"sha256:{hashlib.sha256(self.config).hexdigest()}"
 
     @property
+    def own_layers(self) -> dict[str, Path]:
+        """The tars of the layers above the base by their diff ids, the lowest first."""
+        return {layer.diff_id: layer.path for layer in self.layers}
+
+    @property
     def config(self) -> bytes:
         """The image's config document."""
         runs = dict(self.base.config)
@@ -86,21 +91,19 @@ class Image:
         return json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
 
 
-def write_archive(image: Image, tags: Sequence[str], file: IO[bytes], base_layers: Mapping[str, Path]) -> None:
-    """Write the archive that `docker load` takes.
+def write_archive(image: Image, tags: Sequence[str], file: IO[bytes], layers: Mapping[str, Path]) -> None:
+    """Write the archive that `docker load` takes, with the tars of these layers, by diff id, and no others.
 
-    `base_layers` maps a diff id of the base to its tar. An engine that keeps layers by their chain (every one with the
-    classic image store) needs none of them when it has the base: the archive is as small as what is new.
+    An engine that keeps layers by their chain (every one with the classic image store) needs no layer that it has, the
+    base's above all: the archive is as small as what is new.
     """
     names = [f"{diff_id.removeprefix('sha256:')}/layer.tar" for diff_id in image.base.diff_ids]
     names += [f"{layer.digest}/layer.tar" for layer in image.layers]
     config_name = f"{image.id.removeprefix('sha256:')}.json"
     manifest = [{"Config": config_name, "RepoTags": list(tags), "Layers": names}]
     with tarfile.open(fileobj=file, mode="w|", format=tarfile.PAX_FORMAT) as archive:
-        for diff_id, path in base_layers.items():
+        for diff_id, path in layers.items():
             _add(archive, f"{diff_id.removeprefix('sha256:')}/layer.tar", path)
-        for layer in image.layers:
-            _add(archive, f"{layer.digest}/layer.tar", layer.path)
         _add(archive, config_name, image.config)
         _add(archive, "manifest.json", json.dumps(manifest).encode())
 
