@@ -21,7 +21,7 @@ class ViewKeys:
     """The Redis keys of one view's entities.
 
     >>> ViewKeys("shop", "spend", "r").of([b"i7"])
-    [b'mlfuncs:{shop:da}:spend:r:i7']
+    [b'mlfuncs:{shop:1e}:spend:r:i7']
     """
 
     def __init__(self, project: str, view: str, form: str) -> None:

@@ -102,7 +102,7 @@ def pick_cores(available: Sequence[int], cpu: float, name: str) -> list[int]:
     """The cores a worker keeps to: `cpu` rounded up of those `available`, starting at one that depends on its name.
 
     >>> pick_cores([0, 1, 2, 3], 2, "rev-1-a")
-    [2, 3]
+    [0, 3]
     """
     count = min(len(available), math.ceil(cpu))
     start = zlib.crc32(name.encode()) % len(available)
