@@ -173,6 +173,7 @@ def function(
     labels: Mapping[str, str] | None = None,
     pod: Pod | None = None,
     triggers: Sequence[Trigger] = (),
+    base_image: str = "",
 ) -> Callable[[Callable[P, R]], Function[P, R]]: ...
 def function(target: Any = None, /, **options: Any) -> Any:
     """Make a function or class deployable, runnable and chainable; see the README for the whole of it.
@@ -212,16 +213,11 @@ def _name_of(target: Any) -> str:
 def _replace_spec(spec: FunctionSpec, options: Mapping[str, Any]) -> FunctionSpec:
     import dataclasses
 
-    from mlfuncs.errors import SpecError
+    from mlfuncs.errors import SpecError, did_you_mean
 
-    known = {field.name for field in dataclasses.fields(FunctionSpec)}
-    unknown = set(options) - known
-    if unknown:
-        raise SpecError(f"unknown option {sorted(unknown)[0]!r} of ml.function; known: {', '.join(sorted(known))}")
-    changes = {key: value for key, value in options.items() if value is not None}
-    for key in ("requirements", "secrets", "features"):
-        if key in changes:
-            if isinstance(changes[key], str):
-                raise SpecError(f"{key} must be a list of strings, not one string: write {key}=[{changes[key]!r}]")
-            changes[key] = tuple(changes[key])
-    return dataclasses.replace(spec, **changes)
+    known = [field.name for field in dataclasses.fields(FunctionSpec)]
+    for key in options:
+        if key not in known:
+            near = did_you_mean(key, known)
+            raise SpecError(f"unknown option {key!r} of ml.function{near}; known: {', '.join(sorted(known))}")
+    return dataclasses.replace(spec, **{key: value for key, value in options.items() if value is not None})

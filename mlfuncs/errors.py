@@ -20,7 +20,7 @@
     ├── MissingExtra                501  an optional part is not installed
     ├── SecretMissing               500  a named secret has no value here
     ├── SchemaTooNew                409  the registry was written by a newer mlfuncs
-    ├── StorageError                500  a directory or file cannot be written
+    ├── StorageError                500  a directory or file cannot be read or written
     ├── HandlerFailed               500  a served function raised; the request id finds the traceback in the log
     ├── RunFailed                   500  a tracked run raised; carries the run's id
     └── DeployFailed                500  a revision did not become ready; the old one still serves
@@ -31,7 +31,7 @@ A message says what happened, names the offending value, and says how to mend it
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 
@@ -39,6 +39,10 @@ class MlfuncsError(Exception):
     """The root of all errors raised on purpose; `status` is the HTTP status it maps to."""
 
     status: ClassVar[int] = 500
+
+    def __reduce__(self) -> Any:
+        """Rebuilt without its constructor, which may make the message of other arguments than the ones pickle has."""
+        return rebuild, (type(self), self.args, self.__dict__)
 
     @property
     def title(self) -> str:
@@ -56,6 +60,14 @@ class MlfuncsError(Exception):
         if request_id:
             problem["request_id"] = request_id
         return problem
+
+
+def rebuild(kind: type[MlfuncsError], args: tuple[Any, ...], state: Mapping[str, Any]) -> MlfuncsError:
+    """The error that another process raised (a pool's worker, an endpoint), its message as it was there."""
+    error: MlfuncsError = kind.__new__(kind, *args)
+    error.args = args
+    error.__dict__.update(state)
+    return error
 
 
 class InvalidInput(MlfuncsError):
@@ -90,15 +102,21 @@ class NotFound(MlfuncsError):
         known = list(known)
         self.kind, self.name = kind, name
         self.near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-        message = f"no {kind} is named {name!r}"
-        if self.near:
-            message += "; did you mean " + ", ".join(repr(n) for n in self.near) + "?"
-        elif known:
-            message += f"; known: {', '.join(sorted(known)[:10])}"
-        super().__init__(f"{message} {hint}".strip())
+        others = f"; known: {', '.join(sorted(known)[:10])}" if known else ""
+        super().__init__(f"no {kind} is named {name!r}{did_you_mean(name, known) or others} {hint}".strip())
 
     def to_problem(self, request_id: str | None = None) -> dict[str, Any]:
         return {**super().to_problem(request_id), "near": self.near}
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """What a message about an unknown name goes on with: the names that are close to it; empty when none is.
+
+    >>> did_you_mean("scal", ["scale", "batch"]), did_you_mean("x", ["scale", "batch"])
+    ("; did you mean 'scale'?", '')
+    """
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f"; did you mean {', '.join(map(repr, near))}?" if near else ""
 
 
 class Conflict(MlfuncsError):

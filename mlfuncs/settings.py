@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlfuncs.errors import SpecError, StorageError
+from mlfuncs.errors import SpecError, StorageError, did_you_mean
 
 PREFIX = "MLFUNCS_"
+_CHOICES = {"log_level": ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"), "log_format": ("text", "json")}
 _PROJECT = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
 
@@ -105,8 +106,9 @@ def read_settings(environ: Mapping[str, str] | None = None, cwd: Path | None = N
                 _warn_of_misspelt(key)
     for name, value in values.items():
         if name not in names:
-            raise SpecError(f"[tool.mlfuncs] has an unknown key {name!r}; known keys: {', '.join(names)}")
-        values[name] = _coerce(name, value, str(names[name].type))
+            near = did_you_mean(name, names)
+            raise SpecError(f"[tool.mlfuncs] has an unknown key {name!r}{near}; known keys: {', '.join(names)}")
+        values[name] = _check(name, _coerce(name, value, str(names[name].type)))
     home = Path(values.pop("home", "") or find_home(cwd, environ)).expanduser()
     project = values.pop("project", "") or default_project(home, cwd)
     if not _PROJECT.fullmatch(project):
@@ -186,6 +188,21 @@ def _read_table(path: Path, changed_ns: int, size: int) -> dict[str, Any]:
         if not isinstance(table, dict):
             raise SpecError(f"{path} has {key} = {table!r}; write a table: [tool.mlfuncs]")
     return table
+
+
+def _check(name: str, value: Any) -> Any:
+    """The value, when it is one that the key can have. Raises SpecError."""
+    mend = f"not {value!r}; set {PREFIX}{name.upper()}"
+    if name == "port" and not 0 <= value <= 65535:
+        raise SpecError(f"setting port must be between 0 and 65535, {mend}")
+    if name == "registry_pool" and value < 1:
+        raise SpecError(f"setting registry_pool must be 1 connection or more, {mend}")
+    if name in _CHOICES:
+        wanted = next((choice for choice in _CHOICES[name] if choice.lower() == value.lower()), None)
+        if wanted is None:
+            raise SpecError(f"setting {name} must be {' or '.join(_CHOICES[name])}, {mend}")
+        return wanted
+    return value
 
 
 def _coerce(name: str, value: Any, kind: str) -> Any:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import numbers
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -161,6 +161,14 @@ class Pod:
             _require(one_kind, f"pod.volumes[{path!r}] must be one volume source, like {{'emptyDir': {{}}}}")
 
 
+_PARTS: tuple[tuple[str, type, str], ...] = (
+    ("resources", Resources, "ml.Resources(cpu=1, memory='1Gi')"),
+    ("scale", Scale, "ml.Scale(min=0, max=4)"),
+    ("batch", Batch, "ml.Batch(max_size=64)"),
+    ("pod", Pod, "ml.Pod(node_selector={'pool': 'gpu'})"),
+)
+
+
 @dataclass(frozen=True)
 class FunctionSpec:
     """Everything declared about a function besides its code."""
@@ -179,9 +187,13 @@ class FunctionSpec:
     labels: Mapping[str, str] = field(default_factory=dict)
     pod: Pod = field(default_factory=Pod)
     triggers: tuple[Trigger, ...] = ()  # what calls the endpoint besides HTTP
+    base_image: str = ""  # what its image stands on; empty: chosen by the resources
 
     def __post_init__(self) -> None:
         _check_kinds(self, "")
+        for key, kind, example in _PARTS:
+            is_one = isinstance(getattr(self, key), kind) or (key == "batch" and self.batch is None)
+            _require(is_one, f"{key} is an ml.{kind.__name__}, like {example}, not {getattr(self, key)!r}")
         check_name("function", self.name)
         self._own_collections()
         _require(
@@ -190,12 +202,11 @@ class FunctionSpec:
         )
         rate = self.feature_sample_rate
         _require(0 <= rate <= 1, f"feature_sample_rate is the share of served vectors to keep, 0 to 1, not {rate!r}")
+        named = self.base_image
+        _require(not re.search(r"\s", named), f"base_image {named!r} has a space: write it like 'registry/name:tag'")
         _require(self.retries >= 0, f"retries must be 0 or more, not {self.retries!r}")
-        for key, value in self.env.items():
+        for key in self.env:
             _require(bool(_ENV_NAME.fullmatch(key)), f"env name {key!r} is not an environment variable name")
-            _require(
-                isinstance(value, str), f"env {key!r} must be text, not {type(value).__name__}: write {str(value)!r}"
-            )
         for secret in self.secrets:
             _require(bool(_ENV_NAME.fullmatch(secret)), f"secret name {secret!r} must look like DB_PASSWORD")
             _require(secret not in self.env, f"{secret!r} is in both env and secrets; keep it in secrets")
@@ -204,28 +215,35 @@ class FunctionSpec:
 
     def _own_collections(self) -> None:
         """Copies of what was given, as the declared types: a change to the caller's list or dict does not reach in."""
-        for key in ("secrets", "features"):
+        for key in ("secrets", "features", "requirements"):
             given = getattr(self, key)
+            if given is None and key == "requirements":
+                continue
             _require(not isinstance(given, str), f"{key} is a list: write {key}=[{given!r}]")
-            object.__setattr__(self, key, tuple(getattr(self, key)))
+            texts = tuple(given) if isinstance(given, Iterable) else (given,)
+            _require(all(isinstance(text, str) for text in texts), f"{key} is a list of texts, not {given!r}")
+            object.__setattr__(self, key, texts)
         object.__setattr__(self, "triggers", check_triggers(self.triggers))
-        for key in ("env", "labels"):
-            object.__setattr__(self, key, dict(getattr(self, key)))
-        if self.requirements is not None:
-            given = self.requirements
-            _require(not isinstance(given, str), f"requirements is a list: write requirements=[{given!r}]")
-            object.__setattr__(self, "requirements", tuple(self.requirements))
+        for key, example in (("env", "{'MODE': 'fast'}"), ("labels", "{'team': 'risk'}")):
+            given = getattr(self, key)
+            _require(isinstance(given, Mapping), f"{key} is a dict like {example}, not {given!r}")
+            for name, value in given.items():
+                _require(isinstance(name, str), f"{key} is a dict like {example}, and {name!r} is no name")
+                words = f"must be text, not {type(value).__name__}: write {str(value)!r}"
+                _require(isinstance(value, str), f"{key} {name!r} {words}")
+            object.__setattr__(self, key, dict(given))
 
     def to_dict(self) -> dict[str, Any]:
         """The spec as JSON-ready values; `from_dict` gives an equal spec back.
 
-        Without triggers or a sample rate there is no such key: the digests of functions that have none do not depend on
-        them.
+        Without triggers, a sample rate or a base image there is no such key: the digests of functions that have none
+        do not depend on them.
         """
         values = dataclasses.asdict(dataclasses.replace(self, triggers=()))
         del values["triggers"]
-        if not self.feature_sample_rate:
-            del values["feature_sample_rate"]
+        for key in ("feature_sample_rate", "base_image"):
+            if not values[key]:
+                del values[key]
         if self.triggers:
             values["triggers"] = [trigger_to_dict(trigger) for trigger in self.triggers]
         return values | {

@@ -163,7 +163,8 @@ def trigger_from_dict(values: Mapping[str, Any]) -> Trigger:
 
 def check_triggers(triggers: Iterable[Any]) -> tuple[Trigger, ...]:
     """`triggers` as a tuple. Raises SpecError for what is none, and for two that are equal."""
-    _require(not isinstance(triggers, str | Mapping | Trigger), "triggers must be a list, like [ml.Cron('@hourly')]")
+    is_list = isinstance(triggers, Iterable) and not isinstance(triggers, str | Mapping)
+    _require(is_list, "triggers must be a list, like [ml.Cron('@hourly')]")
     found: list[Trigger] = []
     for trigger in triggers:
         _require(isinstance(trigger, Trigger), f"{trigger!r} is no trigger: use ml.Cron, ml.RedisStream, ml.KafkaTopic")

@@ -143,13 +143,10 @@ def error_of(title: str, message: str, problem: Mapping[str, Any] | None = None)
     kind = getattr(errors, title, None)
     if not (isinstance(kind, type) and issubclass(kind, MlfuncsError)):
         kind = _BY_STATUS.get(int(problem.get("status", 500)), MlfuncsError)
-    error: MlfuncsError = kind.__new__(kind, message)  # the constructors build a message; here it exists
-    error.args = (message,)
     extras = {"fields": problem.get("errors", []), "near": problem.get("near", []), "kind": "", "name": ""}
     extras |= {"retry_after_s": problem.get("retry_after_s", 1.0), "run_id": "", "extra": ""}
     extras["answered"] = problem.get("status")  # the HTTP status that came, when one did
-    error.__dict__.update(extras)
-    return error
+    return errors.rebuild(kind, (message,), extras)
 
 
 _BY_STATUS: dict[int, type[MlfuncsError]] = {

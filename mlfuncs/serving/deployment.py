@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mlfuncs.errors import Conflict, SpecError
+from mlfuncs.errors import Conflict, SpecError, did_you_mean
 from mlfuncs.serving.revision_config import RevisionConfig
 from mlfuncs.serving.rollouts import check_traffic, start_rollout
 from mlfuncs.settings import Settings
@@ -59,7 +59,11 @@ def read_options(function: Function[Any, Any], name: str | None, target: str, gi
         if key not in known:
             takes = f"its constructor takes {', '.join(init_names) or 'nothing'}"
             what = takes if inspect.isclass(function.target) else "a function has nothing to bind"
-            raise SpecError(f"deploy of {function.spec.name!r} got an unknown option {key!r}: {what}; options: {known}")
+            near = did_you_mean(key, [*init_names, *known])
+            raise SpecError(
+                f"deploy of {function.spec.name!r} got an unknown option {key!r}{near}; {what}; options: "
+                f"{', '.join(known)}"
+            )
     required = [key for key, default in init_names.items() if default is inspect.Parameter.empty]
     if missing := [key for key in required if key not in init]:
         example = ", ".join(f"{key}=..." for key in missing)

@@ -117,6 +117,11 @@ def test_an_unknown_option_is_refused_by_name() -> None:
         ml.function(replicas=3)(lambda x: x)
 
 
+def test_a_misspelt_option_is_told_the_name_that_was_meant() -> None:
+    with pytest.raises(SpecError, match=r"unknown option 'requirement' of ml\.function; did you mean 'requirements'"):
+        ml.function(requirement=["numpy"])(lambda x: x)
+
+
 def test_one_string_for_a_list_is_refused_with_the_right_spelling() -> None:
     with pytest.raises(SpecError, match=r"requirements=\['numpy'\]"):
         ml.function(requirements="numpy")(lambda x: x)

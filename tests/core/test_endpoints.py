@@ -153,7 +153,7 @@ def test_constructor_arguments_are_bound_and_stored(settings: Settings):
 def test_what_cannot_be_right_is_refused_before_anything_is_written(settings: Settings):
     with pytest.raises(SpecError, match="needs 'threshold'"):
         deploy(Classifier, target="memory")
-    with pytest.raises(SpecError, match="unknown option 'treshold'"):
+    with pytest.raises(SpecError, match="unknown option 'treshold'; did you mean 'threshold'"):
         deploy(Classifier, target="memory", threshold=1.0, treshold=2.0)
     with pytest.raises(SpecError, match="nothing to bind"):
         deploy(double, target="memory", factor=2)

@@ -37,7 +37,7 @@ def test_the_nearest_project_file_holds(tmp_path: Path) -> None:
 
 def test_an_unknown_key_of_the_project_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "pyproject.toml").write_text("[tool.mlfuncs]\nprot = 1\n")
-    with pytest.raises(SpecError, match=r"unknown key 'prot'; known keys: .*port"):
+    with pytest.raises(SpecError, match=r"unknown key 'prot'; did you mean 'port'.*known keys: .*host"):
         read(tmp_path)
 
 
@@ -52,6 +52,26 @@ def test_a_damaged_project_file_is_named(tmp_path: Path, text: str) -> None:
 def test_a_number_that_is_none_is_named_with_its_variable(tmp_path: Path, value: str) -> None:
     with pytest.raises(SpecError, match=r"port must be a whole number.*MLFUNCS_PORT"):
         read(tmp_path, MLFUNCS_PORT=value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "wanted"),
+    [
+        ("PORT", "65536", "between 0 and 65535, not 65536; set MLFUNCS_PORT"),
+        ("PORT", "-1", "between 0 and 65535"),
+        ("REGISTRY_POOL", "0", "1 connection or more"),
+        ("LOG_LEVEL", "loud", "DEBUG or INFO or WARNING or ERROR or CRITICAL, not 'loud'"),
+        ("LOG_FORMAT", "xml", "text or json, not 'xml'"),
+    ],
+)
+def test_a_value_that_the_key_cannot_have_is_refused(tmp_path: Path, key: str, value: str, wanted: str) -> None:
+    with pytest.raises(SpecError, match=wanted):
+        read(tmp_path, **{PREFIX + key: value})
+
+
+def test_choices_are_taken_in_any_case(tmp_path: Path) -> None:
+    settings = read(tmp_path, MLFUNCS_LOG_LEVEL="debug", MLFUNCS_LOG_FORMAT="JSON")
+    assert (settings.log_level, settings.log_format) == ("DEBUG", "json")
 
 
 def test_variables_of_others_are_left_alone(tmp_path: Path) -> None:
