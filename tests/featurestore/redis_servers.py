@@ -6,7 +6,6 @@ import contextlib
 import datetime
 import ipaddress
 import shutil
-import socket
 import subprocess
 import time
 from pathlib import Path
@@ -14,17 +13,9 @@ from pathlib import Path
 import pytest
 import redis
 
+from tests.ports import free_port
+
 SERVER = shutil.which("redis-server")
-
-
-def free_port():
-    """A TCP port that is free now, low enough for a cluster bus at +10000."""
-    while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        if port < 50_000:
-            return port
 
 
 @contextlib.contextmanager
@@ -43,7 +34,7 @@ def running(folder: Path, *options: str):
         process.wait(60)
 
 
-def answers(client, seconds=15.0, ready=lambda client: client.ping()):
+def answers(client, seconds=60.0, ready=lambda client: client.ping()):
     """Wait until `ready(client)` holds."""
     deadline = time.monotonic() + seconds
     while True:
@@ -58,23 +49,22 @@ def answers(client, seconds=15.0, ready=lambda client: client.ping()):
 def cluster(folder: Path):
     """A cluster of three nodes that share the 16,384 slots; gives the port of the first."""
     with contextlib.ExitStack() as stack:
-        ports = []
-        for number in range(3):
-            port = free_port()
-            while port in ports:
-                port = free_port()
-            ports.append(port)
-            options = ["--port", str(port), "--cluster-enabled", "yes", "--cluster-node-timeout", "5000"]
-            stack.enter_context(running(folder / str(number), *options))
+        ports = set()
+        while len(ports) < 3:
+            ports.add(free_port())
+        ports = sorted(ports)
+        for port in ports:
+            options = ["--port", str(port), "--cluster-enabled", "yes", "--cluster-node-timeout", "30000"]
+            stack.enter_context(running(folder / str(port), *options))
         nodes = [answers(redis.Redis(port=port)) for port in ports]
         bounds = [0, 5461, 10_923, 16_384]
         for node, first, last in zip(nodes, bounds, bounds[1:], strict=False):
-            node.execute_command("CLUSTER", "ADDSLOTSRANGE", first, last - 1)
+            node.execute_command("CLUSTER", "ADDSLOTS", *range(first, last))
         for port in ports[1:]:
             nodes[0].execute_command("CLUSTER", "MEET", "127.0.0.1", port)
         for node in nodes:
-            answers(node, 30, lambda one: one.cluster("INFO")["cluster_state"] == "ok")
-            answers(node, 30, lambda one: one.cluster("INFO")["cluster_known_nodes"] == "3")
+            answers(node, ready=lambda one: one.cluster("INFO")["cluster_state"] == "ok")
+            answers(node, ready=lambda one: one.cluster("INFO")["cluster_known_nodes"] == "3")
             node.close()
         yield ports[0]
 

@@ -7,9 +7,7 @@ import importlib.util
 import multiprocessing
 import os
 import socket
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 import redis
@@ -26,11 +24,8 @@ from mlfuncs_featurestore.redis_embedded import (
     stop_embedded,
 )
 from mlfuncs_featurestore.verify import verify
-
-_spec = importlib.util.spec_from_file_location("redis_servers", Path(__file__).with_name("redis_servers.py"))
-servers = importlib.util.module_from_spec(_spec)
-sys.modules["redis_servers"] = servers
-_spec.loader.exec_module(servers)
+from tests.featurestore import redis_servers as servers
+from tests.ports import free_port
 
 UTC = datetime.UTC
 NOW = datetime.datetime(2024, 6, 1, 12, tzinfo=UTC)
@@ -76,7 +71,7 @@ def test_a_cluster_of_three_nodes(tmp_path):
 
 def test_tls_and_password(tmp_path):
     cert, key = servers.certificate(tmp_path / "tls")
-    port = servers.free_port()
+    port = free_port()
     options = ["--port", "0", "--tls-port", str(port), "--tls-cert-file", str(cert), "--tls-key-file", str(key)]
     options += ["--tls-ca-cert-file", str(cert), "--tls-auth-clients", "no", "--requirepass", "s3cret!"]
     with servers.running(tmp_path / "redis", *options):
@@ -112,7 +107,7 @@ def test_a_server_that_does_not_answer_times_out(tmp_path):
 
 
 def test_a_restarted_server_is_found_again(tmp_path):
-    port = servers.free_port()
+    port = free_port()
     options = ["--port", str(port), "--appendonly", "yes"]
     with servers.running(tmp_path / "redis", *options):
         servers.answers(redis.Redis(port=port))

@@ -1,6 +1,5 @@
 """kfp's real client against a server that speaks the recorded shapes of the Pipelines API (v2beta1)."""
 
-import socket
 import sys
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from mlfuncs.errors import (
     Unavailable,
 )
 from mlfuncs_pipelines.kubeflow import publish, six_fields
+from tests.ports import free_port
 
 sys.path.append(str(Path(__file__).parent))
 import own_steps as steps
@@ -93,9 +93,7 @@ def test_refusals_are_our_errors_with_the_reason(api: Api, status: int, error: t
 
 
 def test_a_host_that_is_away_is_said_quickly(api: Api) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with pytest.raises(Unavailable, match="does not answer"):
         remote.submit(host=f"http://127.0.0.1:{port}")
 

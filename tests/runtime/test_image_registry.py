@@ -15,6 +15,7 @@ from mlfuncs.loading import load_target
 from mlfuncs.settings import read_settings
 from mlfuncs_runtime.images.docker_builder import DockerBuilder
 from mlfuncs_runtime.rendering import build_image
+from tests.ports import free_port
 
 pytestmark = pytest.mark.slow
 SOURCE = """
@@ -35,9 +36,7 @@ def registry(require, tmp_path):
     """The address of a registry of this test's own."""
     program = shutil.which("docker-registry")
     require("docker-registry", program)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     config = {
         "version": 0.1,
         "log": {"level": "error"},

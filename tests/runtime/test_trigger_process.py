@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ from mlfuncs.settings import read_settings
 from mlfuncs_runtime.process_target import ProcessTarget
 from mlfuncs_runtime.supervisor.places import find_places, read_json, write_json
 from mlfuncs_runtime.supervisor.triggers import process_path
+from tests.ports import free_port
 
 redis = pytest.importorskip("redis")
 
@@ -48,9 +48,7 @@ def live(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def redis_url(tmp_path: Path, require: Callable[[str, object], None]) -> Iterator[str]:
     server = shutil.which("redis-server")
     require("redis-server", server)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [str(server), "--dir", str(tmp_path), "--save", "", "--bind", "127.0.0.1", "--port", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     client = redis.Redis(port=port)
