@@ -5,6 +5,7 @@ Values are summed into buckets of 1 s. "No data" is None: a revision that nobody
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import TYPE_CHECKING
 
@@ -77,6 +78,13 @@ class LinearWindow:
         stale = sum(self._buckets[at % size] for at in range(self._last + 1, self._last + silent + 1))
         return _rounded((self._total - stale) / min(self._last - self._first + 1, size - silent))
 
+    def average_with(self, at_s: float, value: float) -> float:
+        """What the mean at `at_s` would be with `value` recorded there; nothing is recorded."""
+        ahead = copy.copy(self)
+        ahead._buckets = list(self._buckets)
+        ahead.record(at_s, value)
+        return ahead.average(at_s) or 0.0
+
 
 class WeightedWindow(LinearWindow):
     """A mean in which newer buckets weigh exponentially more; the decay follows from the window's length."""
@@ -112,12 +120,17 @@ class LoadWindows:
         self._stable.record(now_s, value)
         self._panic.record(now_s, value)
 
-    def averages(self, now_s: float) -> tuple[float | None, float | None]:
-        """The (stable, panic) averages; both None when nothing was recorded for a whole stable window."""
-        stable = self._stable.average(now_s)
-        if stable is None:
-            return None, None
-        return stable, self._panic.average(now_s) or 0.0
+    def averages(self, now_s: float, coming: tuple[float, float] | None = None) -> tuple[float | None, float | None]:
+        """The (stable, panic) averages; both None when nothing was recorded for a whole stable window.
+
+        `coming` is (when, value) of a measure that is not complete and can only grow: it counts where it raises an
+        average, so that what it already makes certain need not be waited for, and it lowers none.
+        """
+        stable, panic = self._stable.average(now_s), self._panic.average(now_s)
+        if coming is not None and coming[1] > 0:
+            stable = max(stable or 0.0, self._stable.average_with(*coming))
+            panic = max(panic or 0.0, self._panic.average_with(*coming))
+        return (None, None) if stable is None else (stable, panic or 0.0)
 
 
 def _rounded(value: float) -> float:

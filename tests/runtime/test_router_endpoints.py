@@ -82,6 +82,22 @@ def test_holds_requests_while_there_is_no_worker_and_wakes_the_supervisor() -> N
     with_router(test)
 
 
+def test_requests_that_wait_for_a_busy_worker_are_told_to_the_supervisor() -> None:
+    async def test(harness: Harness) -> None:
+        worker = await harness.worker()
+        harness.route(worker, concurrency={"rev-1": 1})
+        first = await open_request(harness, "/predict/gate")
+        await until(lambda: len(worker.seen) == 1)
+        assert harness.woken == []  # it did not wait
+        second = await open_request(harness, "/predict")
+        await until(lambda: harness.router.core.endpoints["predict"].queued == 1)
+        assert harness.woken == [("predict", "rev-1")]
+        worker.gate.set()
+        assert [(await connection.reply()).status for connection in (first, second)] == [200, 200]
+
+    with_router(test)
+
+
 def test_what_waits_for_a_revision_that_does_not_start_is_told_so_until_it_is_tried_again() -> None:
     async def test(harness: Harness) -> None:
         harness.route()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from hypothesis import given
@@ -98,3 +99,34 @@ def test_linear_average_equals_the_obvious_sum(steps: list[tuple[int, float]], s
         expected = sum(v for at, v in seen.items() if at > now - size) / valid
         assert window.average(now + 0.5) == pytest.approx(expected, abs=1e-5)
     assert math.isfinite(window.average(float(now)) or 0.0)
+
+
+def test_a_second_that_is_not_over_counts_where_it_raises_an_average_and_is_not_recorded() -> None:
+    windows = LoadWindows(AutoscalerConfig(window_s=60))
+    assert windows.averages(0.2, coming=(1, 7.0)) == (7.0, 7.0)
+    assert windows.averages(0.2) == (None, None)
+    for second in range(1, 7):
+        windows.record(float(second), 6.0)
+    assert windows.averages(6.5, coming=(7, 0.5)) == (6.0, 6.0)  # so far it is less: it may still become more
+    assert windows.averages(6.5, coming=(7, 30.0)) == (pytest.approx(66 / 7, abs=1e-5), 10.0)
+
+
+@given(
+    st.lists(st.floats(0, 100), max_size=70),
+    st.floats(0, 100),
+    st.floats(0, 100),
+    st.sampled_from(["linear", "weighted-exponential"]),
+)
+def test_what_a_second_has_come_to_gives_no_more_than_its_end_or_what_was_known(
+    before: list[float], so_far: float, rest: float, algorithm: Literal["linear", "weighted-exponential"]
+) -> None:
+    windows = LoadWindows(AutoscalerConfig(window_s=20, metric_aggregation_algorithm=algorithm))
+    for second, value in enumerate(before):
+        windows.record(float(second), value)
+    end = len(before)
+    known = windows.averages(end - 0.5)
+    early = windows.averages(end - 0.5, coming=(end, so_far))
+    windows.record(float(end), so_far + rest)
+    late = windows.averages(float(end))
+    for one, other, last in zip(early, known, late, strict=True):
+        assert (one or 0.0) <= max(other or 0.0, last or 0.0) + 1e-5

@@ -93,6 +93,7 @@ def _endpoint_stats(endpoint: Endpoint, now_s: float) -> dict[str, Any]:
         p50, p99 = revision.counts.recent_quantiles_s((0.5, 0.99))
         revisions[name] = {
             "buckets": revision.meter.take(now_s),  # [second, average concurrency, requests], oldest first
+            "under_way": revision.meter.under_way(now_s),  # the same of the second that is not over
             "active": revision.meter.active,
             "queued": len(revision.queue),
             "p50_s": p50,
@@ -107,7 +108,7 @@ def _endpoint_stats(endpoint: Endpoint, now_s: float) -> dict[str, Any]:
 
 
 class Waker:
-    """Tells the supervisor which revisions have requests and no worker: at once, then every second they wait."""
+    """Tells the supervisor for which revisions requests wait, no worker being free: at once, then every second."""
 
     def __init__(self, supervisor: Path | None) -> None:
         self._client = ControlClient(supervisor) if supervisor is not None else None
@@ -139,7 +140,7 @@ class Waker:
     def _waits(self, key: tuple[str, str]) -> bool:
         endpoint = self.core.endpoints.get(key[0]) if self.core is not None else None
         revision = endpoint.revisions.get(key[1]) if endpoint is not None else None
-        return revision is not None and bool(revision.queue) and not revision.replicas
+        return revision is not None and bool(revision.queue)
 
     async def _tell(self, endpoint: str, revision: str) -> bool:
         if self._client is None:

@@ -242,8 +242,7 @@ class Endpoint:
         revision.queue[request] = None
         self.queued += 1
         self.queued_bytes += request.size
-        if not revision.replicas:
-            self.core.wake(self.name, revision.name)
+        self.core.wake(self.name, revision.name)
 
     def _broken(self, revision: RevisionState) -> Unavailable | None:
         """The error while a revision without workers waits to be started again after failing time and again."""

@@ -54,6 +54,17 @@ class LoadMeter:
         taken, self._buckets = self._buckets, []
         return taken
 
+    def under_way(self, now_s: float) -> tuple[int, float, int]:
+        """The second that is not over, in the form of `take`: the least that it will come to.
+
+        >>> meter = LoadMeter(10.0)
+        >>> meter.enter(10.5); meter.under_way(10.75)
+        (10, 0.25, 1)
+        """
+        if now_s >= self._end:
+            self._roll(now_s)
+        return self._end - 1, self._area + self.active * max(0.0, now_s - self._since), self._arrived
+
     def _roll(self, now_s: float) -> None:
         while now_s >= self._end:
             area = self._area + self.active * (self._end - self._since)

@@ -70,10 +70,16 @@ class Orders:
         return await self._until(lambda: answer, lambda _: supervisor.passes_done >= wanted, {"timeout_s": _POKE_S})
 
     async def _wake(self, order: dict[str, Any]) -> dict[str, Any]:
-        """The router has a request for an endpoint that has no worker."""
-        plan = self._supervisor.desired.plans.get(str(order.get("endpoint")))
-        if plan is not None and self._supervisor.scaler.woken(plan, order.get("revision"), time.monotonic()):
-            self._supervisor.wake()
+        """The router has requests that wait for a worker: none is there, or all are busy."""
+        supervisor = self._supervisor
+        plan = supervisor.desired.plans.get(str(order.get("endpoint")))
+        if plan is None:
+            return {}
+        revision = order.get("revision")
+        is_served = supervisor.books.observe().ready((plan.name, str(revision))) > 0
+        if not is_served and supervisor.scaler.woken(plan, revision, time.monotonic()):
+            supervisor.wake()
+        supervisor.hurry()
         return {}
 
     async def _status(self, order: dict[str, Any]) -> dict[str, Any]:

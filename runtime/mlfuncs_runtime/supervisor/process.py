@@ -43,6 +43,7 @@ from mlfuncs_runtime.supervisor.triggers import Triggers
 log = logging.getLogger("mlfuncs.supervisor")
 
 TICK_S = 0.5
+EARLY_TICK_S = 0.1  # guess: while requests wait for replicas; a fork takes less
 REGISTRY_EVERY_S = 2.0
 HEALTH_EVERY_S = 5.0
 LOG_BYTES = 64 * 2**20  # an endpoint's log is moved aside once when it is larger
@@ -66,6 +67,7 @@ class Supervisor:
         self.passes_begun = self.passes_done = 0
         self.settled: dict[str, int] = {}  # rollout -> the pass that tells the router of its end
         self._due = asyncio.Event()
+        self._pressed = asyncio.Event()
         self._finishing: set[str] = set()
         self._seen_rollouts: set[str] = set()
         self._sentinel: ProcessHandle | None = None
@@ -74,6 +76,10 @@ class Supervisor:
     def wake(self) -> None:
         """Run a pass as soon as the loop is free."""
         self._due.set()
+
+    def hurry(self) -> None:
+        """Requests wait for replicas: let the autoscaler look before its time."""
+        self._pressed.set()
 
     async def run(self, on_ready: Callable[[], None]) -> None:
         """Take over or start what should run, keep it so until `stopping` is set, then stop everything."""
@@ -215,7 +221,12 @@ class Supervisor:
 
     async def _tick(self) -> None:
         while True:
-            await asyncio.sleep(TICK_S)
+            await asyncio.sleep(EARLY_TICK_S)
+            if not self.scaler.is_pressed:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(TICK_S - EARLY_TICK_S):
+                        await self._pressed.wait()
+            self._pressed.clear()
             try:
                 stats = await self.router.stats()
             except MlfuncsError:
