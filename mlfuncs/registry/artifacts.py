@@ -28,10 +28,13 @@ class Artifacts:
 
     def get(self, digest: str) -> dict[str, Any]:
         """The ArtifactRef dict whose digest is or starts with `digest`. Raises NotFound."""
-        query = sa.select(table.c.ref).where(table.c.project == self._project, table.c.digest.startswith(digest))
-        found = self._database.read(lambda c: list(c.scalars(query.limit(2))))
+        starts_so = table.c.digest.startswith(digest, autoescape=True)
+        query = sa.select(table.c.ref).where(table.c.project == self._project, starts_so).limit(2)
+        found = self._database.read(lambda c: list(c.scalars(query)))
         if len(found) != 1:
-            raise NotFound("artifact", digest, hint="Several digests start with it." if found else "")
+            raise NotFound(
+                "artifact", digest, hint="alone: several digests start so; write more of it" if found else ""
+            )
         return dict(found[0])
 
     def list(self, *, kind: str | None = None, limit: int = 100) -> list[dict[str, Any]]:

@@ -184,8 +184,10 @@ class Runs:
         found = self._database.read(work)
         if len(found) == 1:
             return RunRow(**found[0])
-        hint = "; several ids start with it" if found else ""
-        raise NotFound("run", run_id + hint, [row.id for row in self.list(limit=20)])
+        if found:
+            ids = ", ".join(row["id"] for row in found)
+            raise NotFound("run", run_id, hint=f"alone: several ids start so, like {ids}; write more of one")
+        raise NotFound("run", run_id, [row.id for row in self.list(limit=20)])
 
     def contents(self, run_ids: Sequence[str]) -> dict[str, RunContents]:
         """Parameters, last metrics and artifacts of each run, in four queries however many runs there are."""

@@ -11,7 +11,8 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -228,7 +229,13 @@ def _why_stopped(cancelled: threading.Event, deadline: float | None) -> str | No
 
 
 def _run_alone(packed: Packed, started: Started, arguments: Arguments, cancelled: threading.Event) -> None:
-    show = teller()
+    with fresh_children(packed, teller()) as next_child:
+        see_through(packed, started, arguments, next_child, cancelled)
+
+
+@contextmanager
+def fresh_children(packed: Packed, show: Callable[[str], None] | None = None) -> Iterator[Callable[[], Child]]:
+    """What gives a new child for each attempt; the one before it is ended then, and the last with the block."""
     child: list[Child] = []
 
     def next_child() -> Child:
@@ -238,7 +245,7 @@ def _run_alone(packed: Packed, started: Started, arguments: Arguments, cancelled
         return child[0]
 
     try:
-        see_through(packed, started, arguments, next_child, cancelled)
+        yield next_child
     finally:
         for old in child:
             old.close()

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from typing import TYPE_CHECKING, Any, Literal
 
 from mlfuncs import adapters
-from mlfuncs.errors import InvalidInput, RunFailed, SpecError
+from mlfuncs.errors import InvalidInput, RunFailed, SpecError, did_you_mean
 from mlfuncs.progress import progress
 from mlfuncs.runs.handle import Run
 from mlfuncs.runs.isolation import pack_function
@@ -73,13 +74,15 @@ def sweep(
 
     if others:
         name = next(iter(others))
-        raise SpecError(
-            f"a sweep has no option {name!r}; an argument that all points share goes into params={{{name!r}: ...}}"
-        )
+        known = [option for option in signature(sweep).parameters if option not in ("function", "others")]
+        shared = f"an argument that all points share goes into params={{{name!r}: ...}}"
+        raise SpecError(f"a sweep has no option {name!r}{did_you_mean(name, known)}; {shared}")
     points = _points(grid, list, random, n, seed)
     if parallel < 1:
         raise SpecError(f"parallel must be 1 or more processes, not {parallel!r}")
     _check_target(target, stop_early)
+    if stop_early is not None and objective is None:
+        raise SpecError("stop_early looks at the objective: give one too, like objective='max:auc'")
     wrapped, settings = function_of(function), read_settings()
     goal = None if objective is None else Objective.parse(objective)
     arguments = _check_points(wrapped, points, dict(params or {}), settings)

@@ -23,13 +23,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlfuncs.errors import MissingExtra, MlfuncsError, SpecError, Unavailable
-from mlfuncs.runs.isolation import GRACE_S, Packed, Work, attempt_often, child_environ, child_values
+from mlfuncs.runs.isolation import GRACE_S, Packed, Work, attempt_often, child_values, fresh_children
 from mlfuncs.runs.journal import Journal, failed
 from mlfuncs.runs.liveness import machine
-from mlfuncs.runs.outcome import keep_outcome, outcome_of
+from mlfuncs.runs.outcome import NOTHING, keep_outcome, outcome_of
 from mlfuncs.runs.starting import Started
 from mlfuncs.runs.sweep_plan import Sweep, unbroken
-from mlfuncs.runs.worker_process import Child
 from mlfuncs.settings import Settings, read_settings
 
 if TYPE_CHECKING:
@@ -123,31 +122,18 @@ class _Tasks:
 
 def execute_point(task: Mapping[str, Any]) -> dict[str, Any]:
     """On a worker: run one point in a child interpreter and return its outcome."""
-    folder = Path(tempfile.mkdtemp(prefix="mlfuncs-point-"))
-    log: list[str] = []
-    child: list[Child] = []
     try:
         packed = _unpacked(task)
     except MlfuncsError as exc:
-        return outcome_of(folder / "none", failed(type(exc).__name__, str(exc)))
-
-    def next_child() -> Child:
-        for old in child:
-            old.close()
-        child[:] = [Child(packed.python, child_environ(packed))]
-        return child[0]
-
-    journal = Journal(folder / "journal.jsonl")
-    order = {"run": task["run"], "bundle": task["bundle"], "journal": str(journal.path), "values": task["values"]}
-    with _cancellation() as cancelled:
-        try:
+        return outcome_of(NOTHING.journal, failed(type(exc).__name__, str(exc)))
+    log: list[str] = []
+    with tempfile.TemporaryDirectory(prefix="mlfuncs-point-", ignore_cleanup_errors=True) as folder:
+        journal = Journal(Path(folder) / "journal.jsonl")
+        order = {"run": task["run"], "bundle": task["bundle"], "journal": str(journal.path), "values": task["values"]}
+        with _cancellation() as cancelled, fresh_children(packed) as next_child:
             final = attempt_often(Work(packed, lambda: order, journal, log.append, cancelled), next_child)
-        finally:
-            for old in child:
-                old.close()
-    outcome = outcome_of(journal.path, final, "".join(log))
-    journal.close()
-    return outcome
+        journal.close()
+        return outcome_of(journal.path, final, "".join(log))
 
 
 def interrupt_points(keys: list[str]) -> list[str]:

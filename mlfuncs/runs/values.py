@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mlfuncs.settings import Settings
 
 PLAIN_CHARACTERS = 16_384  # guess: longer JSON is stored as an artifact instead of a registry row
+_MAX_BITS = 13_000  # under the 4300 digits that Python turns into text (sys.int_info.default_max_str_digits)
 _LEAVES = (type(None), bool, int, float, str)
 _PICTURES = ("html", "markdown", "figure", "metrics", "classification_metrics")
 
@@ -180,7 +181,7 @@ def is_plain(value: Any) -> bool:
     (True, False, False)
     """
     if type(value) in _LEAVES:
-        return not isinstance(value, str) or len(value) <= PLAIN_CHARACTERS
+        return _is_short(value) and (not isinstance(value, str) or len(value) <= PLAIN_CHARACTERS)
     return _is_plain_tree(value, [1000]) and len(json.dumps(value)) <= PLAIN_CHARACTERS
 
 
@@ -192,7 +193,12 @@ def _is_plain_tree(value: Any, budget: list[int]) -> bool:
         return all(_is_plain_tree(item, budget) for item in value)
     if type(value) is dict:
         return all(type(key) is str and _is_plain_tree(item, budget) for key, item in value.items())
-    return type(value) in _LEAVES
+    return type(value) in _LEAVES and _is_short(value)
+
+
+def _is_short(leaf: Any) -> bool:
+    """Whether a number has digits that Python writes out: it refuses to make text of longer ones."""
+    return not isinstance(leaf, int) or leaf.bit_length() <= _MAX_BITS
 
 
 def describe(value: Any, secrets: Mapping[str, str]) -> Any:
@@ -228,6 +234,8 @@ def _summary(value: Any) -> Any:
     if getattr(value, "shape", None) == () and callable(item):  # a numpy or torch scalar
         return item() if is_plain(item()) else str(value)
     name = type(value).__name__
+    if isinstance(value, int) and not _is_short(value):
+        return f"<{name} of {value.bit_length()} bits>"
     shape = getattr(value, "shape", None)
     if isinstance(shape, tuple):
         return f"<{name} {' x '.join(map(str, shape))}>"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import secrets
@@ -163,7 +164,10 @@ _BY_STATUS: dict[int, type[MlfuncsError]] = {
 
 
 def _failure(status: int, content_type: str, body: bytes, retry_after: str | None) -> MlfuncsError:
-    problem = decode(body, content_type) if "json" in content_type else None
+    problem = None
+    if "json" in content_type:
+        with contextlib.suppress(ValueError):  # whatever stands between says JSON, and sends something else
+            problem = decode(body, content_type)
     if not isinstance(problem, dict) or "title" not in problem:
         text = body[:500].decode("utf-8", "replace").strip()
         return error_of("", f"the endpoint answered {status}: {text or 'nothing'}", {"status": status})

@@ -166,7 +166,7 @@ class Endpoint:
 
     def mirror(self, revision: str, percent: int = 100) -> None:
         """Copy that percentage of requests to `revision`, whose answers nobody sees; 0 ends it."""
-        if not isinstance(percent, int) or not 0 <= percent <= 100:
+        if not isinstance(percent, int) or isinstance(percent, bool) or not 0 <= percent <= 100:
             raise SpecError(f"mirror takes a percentage, a whole number from 0 to 100, not {percent!r}")
 
         def change(desired: Desired, row: EndpointRow) -> Desired:

@@ -121,6 +121,13 @@ def test_values_of_data_science_arrive_as_json(server: Server):
     }
 
 
+def test_an_error_that_says_json_and_is_none_is_told_as_it_came(server: Server):
+    page = b"<html>bad gateway</html>"
+    server.reply = lambda _handler, _body: (502, {"Content-Type": "application/json"}, page)
+    with pytest.raises(Unavailable, match="answered 502: <html>bad gateway"):
+        client.invoke(server.url, b"{}")
+
+
 def test_a_value_without_a_json_form_is_named():
     with pytest.raises(InvalidInput, match="object"):
         client.encode({"x": object()})
@@ -136,8 +143,11 @@ def test_a_fork_has_connections_of_its_own(server: Server):
     client.invoke(server.url, b"{}")
     child = os.fork()
     if child == 0:
-        client.invoke(server.url, b"{}")
-        os._exit(0)
+        try:  # whatever happens, the child must not go on with the tests
+            client.invoke(server.url, b"{}")
+            os._exit(0)
+        finally:
+            os._exit(1)
     assert os.waitpid(child, 0)[1] == 0
     client.invoke(server.url, b"{}")
     assert len(server.peers) == 2

@@ -41,6 +41,7 @@ from mlfuncs.runs.journal import Journal
 from mlfuncs.runs.liveness import LEASE_S, is_alive, machine, this_process
 from mlfuncs.runs.records import journal_path
 from mlfuncs.runs.values import Artifact
+from tests.cpu import cost_of
 
 
 def wait_until(holds, timeout_s=30.0):
@@ -158,6 +159,13 @@ class TestInline:
             run = ml.run(lambda n=size: {"auc": np.float64(0.5), "rows": list(range(n)), "ok": np.bool_(True)})
             assert list(run.outputs) == ["output"]
             assert run.output == {"auc": 0.5, "rows": list(range(size)), "ok": True}
+
+    def test_integers_of_thousands_of_digits_are_kept(self):
+        huge = 10**5000
+        run = ml.run(lambda n: {"n": n, "m": [n]}, {"n": huge})
+        assert run.output == {"n": huge, "m": [huge]} and run.params == {"n": "<int of 16610 bits>"}
+        assert ml.run(lambda n: n, {"n": huge}).output == huge
+        assert ml.run(lambda n: -n, {"n": huge}, isolation="process").output == -huge
 
     def test_numpys_numbers_are_plain_unless_hinted_so(self):
         assert ml.run(lambda: np.float32(0.5)).outputs == {"output": 0.5}
@@ -728,14 +736,9 @@ def test_a_team_shares_runs_through_postgresql(postgres_url, monkeypatch):
 
 
 def test_a_small_run_costs_little():
-    """The bound of 5 ms, in CPU of this thread: wall time on a shared machine says nothing."""
+    """2.5 of `cost_of` is measured on an idle machine (2 ms), 5.6 where twenty processes share two cores."""
     double.run(1)
-    times = []
-    for _ in range(40):
-        started = time.thread_time()
-        double.run(1)
-        times.append(time.thread_time() - started)
-    assert min(times) < 0.005
+    assert cost_of(lambda: double.run(1)) < 12
 
 
 def test_runs_of_many_threads_all_end():

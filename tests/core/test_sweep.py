@@ -179,6 +179,10 @@ class TestSweep:
         assert frame["x"].tolist() == [1, 2] and frame["metric.x"].tolist() == [10.0, 20.0]
 
     def test_an_argument_among_the_options_is_pointed_to_params(self):
+        with pytest.raises(SpecError, match="stop_early looks at the objective"):
+            score.sweep(grid={"a": [1]}, stop_early=1.0)
+        with pytest.raises(SpecError, match="no option 'paralel'; did you mean 'parallel'"):
+            score.sweep(grid={"a": [1]}, paralel=2)
         with pytest.raises(SpecError, match=r"no option 'b'.*params=\{'b': ...\}"):
             score.sweep(grid={"a": [1]}, b=2.0)
 

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -170,6 +171,19 @@ def test_a_worker_elsewhere_needs_artifacts_it_can_reach(settings) -> None:
         worker_settings(sent)
     there = worker_settings({**sent, "artifacts_url": "s3://bucket/a"})
     assert (there.home, there.project, there.trusted_keys) == (settings.home, "shop", "ed25519:k")
+
+
+def test_a_point_leaves_no_files_behind_on_its_worker(cluster, tmp_path: Path) -> None:
+    import distributed
+
+    (marks := tmp_path / "marks").mkdir()
+    (temporary := tmp_path / "temporary").mkdir()
+    with distributed.Client(cluster.scheduler_address, set_as_default=False) as client:
+        client.run(setattr, tempfile, "tempdir", str(temporary))
+        given = {"params": {"marks": str(marks)}, "target": "dask", "address": cluster.scheduler_address}
+        sometimes.sweep(list=[{"a": 1}, {"a": 3}], objective="max:x", progress=False, **given)
+        client.run(setattr, tempfile, "tempdir", None)
+    assert not list(temporary.glob("mlfuncs-*"))
 
 
 def test_an_unknown_target_is_refused() -> None:
