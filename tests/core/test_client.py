@@ -219,19 +219,19 @@ def test_no_answer_in_time_is_a_deadline(server: Server):
 
 def test_nobody_there_says_how_to_start():
     with pytest.raises(Unavailable, match="mlfuncs up") as caught:
-        client.invoke("http://127.0.0.1:9/churn", b"{}", timeout_s=1.0)
+        client.invoke("http://127.0.0.1:9/churn", b"{}", timeout_s=60)
     assert caught.value.retry_after_s == 0.0
 
 
 def test_a_call_inside_a_request_carries_id_trace_and_what_is_left_of_the_time(server: Server, in_request):
-    in_request(2.0)
+    in_request(60.0)
     client.invoke(server.url, b"{}", token="secret")
     (headers,) = server.seen
     assert headers["X-Request-Id"] == "req-1"
     version, trace, span, flags = headers["traceparent"].split("-")
     assert (version, trace, flags) == ("00", "0af7651916cd43dd8448eb211c80319c", "01")
     assert span != "b7ad6b7169203331"
-    assert 0 < int(headers["X-Mlfuncs-Timeout-Ms"]) <= 2000
+    assert 0 < int(headers["X-Mlfuncs-Timeout-Ms"]) <= 60_000
     assert headers["Authorization"] == "Bearer secret"
 
 

@@ -231,7 +231,7 @@ def test_a_handler_past_its_timeout_is_a_504(asynchronous: bool) -> None:
         return x
 
     async def wait_async(x: int) -> int:
-        await asyncio.sleep(10)
+        await asyncio.sleep(600)
         return x
 
     try:
@@ -244,12 +244,11 @@ def test_a_handler_past_its_timeout_is_a_504(asynchronous: bool) -> None:
 
 def test_the_callers_deadline_shortens_the_timeout() -> None:
     async def wait(x: int) -> int:
-        await asyncio.sleep(10)
+        await asyncio.sleep(600)
         return x
 
-    began = time.monotonic()
-    assert ask(wait, {"x": 1}, headers={**JSON_TYPE, "x-mlfuncs-timeout-ms": "30"}).status == 504
-    assert time.monotonic() - began < 5
+    headers = {**JSON_TYPE, "x-mlfuncs-timeout-ms": "30"}
+    assert ask(wait, {"x": 1}, AppOptions(timeout_s=500), headers=headers).status == 504
 
 
 def test_while_a_handler_thread_is_past_its_timeout_the_worker_is_not_ready() -> None:
@@ -260,15 +259,14 @@ def test_while_a_handler_thread_is_past_its_timeout_the_worker_is_not_ready() ->
         return x
 
     async def scenario() -> list[int]:
-        app = make_app(wait, AppOptions(timeout_s=0.5, stuck_grace_s=60))
+        app = make_app(wait, AppOptions(timeout_s=1.0, stuck_grace_s=60))
         statuses = [(await send(app, method="GET", path="/-/ready")).status]
         statuses.append((await send(app, b'{"x": 1}')).status)
         statuses.append((await send(app, method="GET", path="/-/ready")).status)
         release.set()
-        for _ in range(500):
-            if not app.unready_reason():
-                break
-            await asyncio.sleep(0.01)
+        async with asyncio.timeout(60):
+            while app.unready_reason():
+                await asyncio.sleep(0.01)
         statuses.append((await send(app, method="GET", path="/-/ready")).status)
         return statuses
 
@@ -283,9 +281,9 @@ def test_a_handler_that_does_not_come_back_fails_what_waits_and_tells_the_worker
         return x
 
     async def scenario() -> list[int]:
-        app = make_app(wait, AppOptions(timeout_s=5, stuck_grace_s=0.1))
+        app = make_app(wait, AppOptions(timeout_s=60, stuck_grace_s=0.1))
         app.on_stuck = told.set
-        short = send(app, b'{"x": 1}', headers={**JSON_TYPE, "x-mlfuncs-timeout-ms": "50"})
+        short = send(app, b'{"x": 1}', headers={**JSON_TYPE, "x-mlfuncs-timeout-ms": "1000"})
         answers = await asyncio.gather(short, send(app, b'{"x": 2}'))
         return [answer.status for answer in answers]
 
@@ -321,25 +319,31 @@ def test_a_sync_handler_of_one_thread_runs_one_call_at_a_time_and_with_more_thre
     running, most = 0, 0
     lock = threading.Lock()
 
-    def work(x: int) -> int:
-        nonlocal running, most
-        with lock:
-            running += 1
-            most = max(most, running)
-        time.sleep(0.02)
-        with lock:
-            running -= 1
-        return x
-
-    async def many(threads: int) -> int:
+    def many(threads: int) -> int:
+        """The most calls that ran at once; each waits until as many do as there are threads."""
         nonlocal most
-        most = 0
-        app = make_app(work, AppOptions(concurrency=threads))
-        await asyncio.gather(*(send(app, b'{"x": 1}') for _ in range(6)))
+        most, together = 0, threading.Barrier(max(threads, 1))
+
+        def work(x: int) -> int:
+            nonlocal running, most
+            with lock:
+                running += 1
+                most = max(most, running)
+            together.wait(60)
+            with lock:
+                running -= 1
+            return x
+
+        async def scenario() -> None:
+            app = make_app(work, AppOptions(concurrency=threads))
+            answers = await asyncio.gather(*(send(app, b'{"x": 1}') for _ in range(6)))
+            assert {answer.status for answer in answers} == {200}
+
+        asyncio.run(scenario())
         return most
 
-    assert asyncio.run(many(0)) == 1
-    assert 1 < asyncio.run(many(3)) <= 3
+    assert many(0) == 1
+    assert many(3) == 3
 
 
 def numbers(n: int) -> Iterator[int]:

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -215,9 +216,7 @@ def test_an_image_runs_read_only_without_a_network_and_stops_when_told(functions
         address = _docker("port", container, "8080").splitlines()[0]
         assert _answer(f"http://{address}/", {"x": 2}, container) == b"-2.0"
         _docker("exec", container, "/opt/mlfuncs/bin/python", "-P", "-m", "mlfuncs_runtime.docker.entry", "--check")
-        started = time.monotonic()
-        _docker("stop", container)
-        assert time.monotonic() - started < 8
+        _docker("stop", container)  # which kills it after 10 s, with another exit code
         assert _docker("inspect", "-f", "{{.State.ExitCode}}", container) == "0"
     finally:
         subprocess.run(["docker", "rm", "-f", container], capture_output=True, check=False)
@@ -285,7 +284,7 @@ def test_the_first_process_reaps_passes_signals_on_and_ends_with_the_workers_sta
         if child == 0:
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
             print("up", flush=True)
-            time.sleep(30)
+            time.sleep(600)
         sys.exit(container.mind(child, reader, writer, lifeline=%s))
     """)
     for lifeline, end, status in ((False, "signal", 7), (True, "input", 137)):
@@ -294,10 +293,20 @@ def test_the_first_process_reaps_passes_signals_on_and_ends_with_the_workers_sta
             env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "runtime")])},
         )  # fmt: skip
         assert process.stdout.readline() == b"up\n"
-        time.sleep(0.1)
+        _wait_until_it_catches(process.pid, signal.SIGTERM)
         process.terminate() if end == "signal" else process.stdin.close()
         assert process.wait(60) == status
         process.stdout.close()
+
+
+def _wait_until_it_catches(pid, number):
+    deadline = time.monotonic() + 60
+    while True:
+        status = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+        if int(status["SigCgt"], 16) >> (number - 1) & 1:
+            return
+        assert time.monotonic() < deadline, f"no handler of {number}"
+        time.sleep(0.01)
 
 
 def _docker(*arguments):

@@ -22,6 +22,7 @@ import uvicorn
 from pydantic import BaseModel
 
 from mlfuncs.errors import InvalidInput
+from mlfuncs.interface.hints import unaliased
 from mlfuncs_runtime.worker.asgi import make_app
 from mlfuncs_runtime.worker.invocation import AppOptions
 from mlfuncs_runtime.worker.open_inference import TensorHint, tensor_hint, to_outputs
@@ -222,7 +223,7 @@ def test_reads_binary_tensors_in_order_and_refuses_wrong_lengths() -> None:
 
 def test_maps_hints_to_tensors() -> None:
     assert tensor_hint(list[list[int]]) == TensorHint("list", "INT64", 2)
-    assert tensor_hint(npt.NDArray[np.uint8]).datatype == "UINT8"
+    assert tensor_hint(unaliased(npt.NDArray[np.uint8])).datatype == "UINT8"
     assert tensor_hint(np.ndarray).datatype == "FP64"
     assert tensor_hint(bool).shape == [1]
     assert tensor_hint(dict[str, int]).kind == "json"

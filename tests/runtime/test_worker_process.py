@@ -124,18 +124,16 @@ def start(tmp_path: Path, settings: Settings) -> Iterator[Any]:
         worker.stop()
 
 
-def test_serves_a_bundle_until_sigterm_and_ends_within_a_second_when_idle(start: Any) -> None:
+def test_serves_a_bundle_until_sigterm_and_ends_at_once_when_idle(start: Any) -> None:
     def mean(x: list[float]) -> float:
         return sum(x) / len(x)
 
-    worker = start(mean).wait_ready()
+    worker = start(mean, drain_s=600.0).wait_ready()
     status, headers, body = worker.request("POST", "/", {"x": [1, 2, 6]}, {"X-Request-Id": "abc"})
     assert (status, json.loads(body), headers["x-request-id"]) == (200, 3.0, "abc")
     assert b"mlfuncs_worker_cold_start_seconds" in worker.request("GET", "/-/metrics")[2]
-    began = time.monotonic()
     worker.process.send_signal(signal.SIGTERM)
-    assert worker.process.wait(60) == 0
-    assert time.monotonic() - began < 1
+    assert worker.process.wait(60) == 0  # far less than the drain may take
     assert not os.path.exists(worker.config.socket)
 
 
@@ -180,18 +178,25 @@ def test_finishes_a_request_in_flight_after_sigterm_and_closes_its_connection(st
         import time
 
         pathlib.Path(mark).touch()
-        time.sleep(0.7)
+        while not pathlib.Path(mark + ".go").exists():
+            time.sleep(0.01)
         return "done"
 
     worker = start(slow).wait_ready()
     mark = tmp_path / "mark"
     connection = UnixConnection(worker.config.socket)
     connection.request("POST", "/", json.dumps({"mark": str(mark)}), {"Content-Type": "application/json"})
+    idle = UnixConnection(worker.config.socket)
+    idle.request("GET", "/-/live")
+    assert idle.getresponse().read()
     wait_for(mark.exists)
     worker.process.send_signal(signal.SIGTERM)
+    assert idle.sock.recv(1) == b""  # the worker has begun to end: what has no request is closed
+    mark.with_name("mark.go").touch()
     answer = connection.getresponse()
     assert (answer.status, json.loads(answer.read()), answer.getheader("connection")) == (200, "done", "close")
     connection.close()
+    idle.close()
     assert worker.process.wait(60) == 0
 
 
@@ -223,10 +228,10 @@ def test_a_handler_that_never_returns_gets_a_504_and_the_process_gives_up(start:
     def hang(x: int) -> int:
         import time
 
-        time.sleep(60)
+        time.sleep(600)
         return x
 
-    worker = start(hang, timeout_s=0.3, stuck_grace_s=0.5).wait_ready()
+    worker = start(hang, timeout_s=1.0, stuck_grace_s=0.5).wait_ready()
     status, headers, body = worker.request("POST", "/", {"x": 1})
     assert status == 504
     assert json.loads(body)["request_id"] == headers["x-request-id"]
@@ -234,22 +239,27 @@ def test_a_handler_that_never_returns_gets_a_504_and_the_process_gives_up(start:
     assert worker.process.wait(60) == 70
 
 
-def test_a_quick_handler_that_hangs_inline_gets_a_504_and_the_health_check_still_answers(start: Any) -> None:
-    def mostly_quick(x: int) -> int:
+def test_a_quick_handler_that_hangs_inline_gets_a_504_and_the_health_check_still_answers(
+    start: Any, tmp_path: Path
+) -> None:
+    def mostly_quick(x: int, mark: str = "") -> int:
+        import pathlib
         import time
 
         if x < 0:
-            time.sleep(60)
+            pathlib.Path(mark).touch()
+            time.sleep(600)
         return x
 
-    worker = start(mostly_quick, timeout_s=1.5, stuck_grace_s=1.0).wait_ready()
+    worker = start(mostly_quick, timeout_s=3.0, stuck_grace_s=1.0).wait_ready()
     with contextlib.closing(UnixConnection(worker.config.socket)) as connection:
         for x in range(400):
             connection.request("POST", "/", json.dumps({"x": x}), {"Content-Type": "application/json"})
             assert connection.getresponse().read() == b"%d" % x
-        connection.request("POST", "/", '{"x": -1}', {"Content-Type": "application/json", "X-Request-Id": "hung"})
-        time.sleep(0.7)
-        assert worker.status("/-/live") == 200
+        hanging = json.dumps({"x": -1, "mark": str(tmp_path / "mark")})
+        connection.request("POST", "/", hanging, {"Content-Type": "application/json", "X-Request-Id": "hung"})
+        wait_for((tmp_path / "mark").exists)
+        assert worker.status("/-/live") == 200  # while it hangs
         answer = connection.getresponse()
         assert (answer.status, json.loads(answer.read())["request_id"]) == (504, "hung")
     assert worker.status("/-/ready") in (503, 0)

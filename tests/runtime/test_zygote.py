@@ -168,7 +168,7 @@ def test_reports_the_cold_start_from_the_wish_and_the_exits_of_its_workers(start
     path = zygote.fork("r0")
     samples = request(path, target="/-/metrics")[1]
     line = next(line for line in samples.splitlines() if line.startswith("mlfuncs_worker_cold_start_seconds{"))
-    assert 0 < float(line.split()[-1]) < 5
+    assert 0 < float(line.split()[-1]) < 60
     os.kill(zygote.pids[0], signal.SIGTERM)
     exits: list[Any] = []
 
