@@ -14,7 +14,7 @@ from mlfuncs.errors import MissingExtra, NotFound
 ADAPTERS: dict[str, tuple[str, str]] = {
     "target:process": ("mlfuncs_runtime.process_target:ProcessTarget", ""),
     "target:docker": ("mlfuncs_runtime.docker.target:DockerTarget", "docker"),
-    "target:knative": ("mlfuncs_runtime.kubernetes.target:KnativeTarget", "kubernetes"),
+    "target:knative": ("mlfuncs_runtime.kubernetes.knative:KnativeTarget", "kubernetes"),
     "target:kubernetes": ("mlfuncs_runtime.kubernetes.target:KubernetesTarget", "kubernetes"),
     "target:nuclio": ("mlfuncs_runtime.nuclio.target:NuclioTarget", "nuclio"),
     "runs:docker": ("mlfuncs_runtime.docker.job:job_command", "docker"),

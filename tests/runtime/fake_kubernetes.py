@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 class FakeKubernetes:
     def __init__(self):
         self.objects, self.requests, self.faults, self.pod_logs = {}, [], {}, {}
+        self.applied = []  # (path, manifest) of each apply
         self.behaviour = lambda path, manifest: None
         self.deleted = lambda path: None
         self.pod_streams = {}  # pod -> a function that yields its log, as bytes, until its end
@@ -70,6 +71,7 @@ class FakeKubernetes:
 
     def patch(self, path, query, body):
         manifest = json.loads(body)
+        self.applied.append((path, json.loads(body)))
         before = self.objects.get(path)
         if query.get("dryRun"):
             return 200, manifest

@@ -1,6 +1,8 @@
 """The cluster targets through the real kubernetes client, against an API server of the tests' own."""
 
+import copy
 import importlib.util
+import re
 import time
 from pathlib import Path
 
@@ -13,7 +15,8 @@ from mlfuncs.serving import targets
 from mlfuncs.settings import read_settings
 from mlfuncs_runtime.images.builder import MemoryBuilder
 from mlfuncs_runtime.kubernetes.cluster import Cluster
-from mlfuncs_runtime.kubernetes.target import KnativeTarget, KubernetesTarget
+from mlfuncs_runtime.kubernetes.knative import KnativeTarget
+from mlfuncs_runtime.kubernetes.target import KubernetesTarget
 
 _spec = importlib.util.spec_from_file_location("fake_kubernetes", Path(__file__).with_name("fake_kubernetes.py"))
 fake_kubernetes = importlib.util.module_from_spec(_spec)
@@ -85,17 +88,6 @@ FAULTS = {
     "the image .* cannot be pulled .*image_pull_secrets": waiting(
         "ImagePullBackOff", 'Back-off pulling image "registry.example/x": ErrImagePull: unauthorized: denied'
     ),
-    "fits on no node: 0/3 nodes.*lower resources": {
-        "phase": "Pending",
-        "conditions": [
-            {
-                "type": "PodScheduled",
-                "status": "False",
-                "reason": "Unschedulable",
-                "message": "0/3 nodes are available: 1 node(s) had untolerated taint {gpu: yes}, 2 Insufficient cpu.",
-            }
-        ],
-    },
     "ends again and again.*\n.*ValueError: no model": waiting(
         "CrashLoopBackOff", "back-off 10s restarting failed container=function pod=churn-rev-2-abc_ml(1f)"
     ),
@@ -112,11 +104,22 @@ FAULTS = {
         "containerStatuses": [{"restartCount": 0, "state": {"waiting": {"reason": "ContainerCreating"}}}]
     },
 }  # fmt: skip
+UNSCHEDULABLE = {
+    "phase": "Pending",
+    "conditions": [
+        {
+            "type": "PodScheduled",
+            "status": "False",
+            "reason": "Unschedulable",
+            "message": "0/3 nodes are available: 1 node(s) had untolerated taint {gpu: yes}, 2 Insufficient cpu.",
+        }
+    ],
+}
+QUOTA = (
+    'pods "churn-rev-2-5d-x" is forbidden: exceeded quota: compute, requested: requests.cpu=2, '
+    "used: requests.cpu=3, limited: requests.cpu=4"
+)
 REFUSED = {  # what the API server says of pods that a ReplicaSet wants
-    "have the quota raised": (
-        'pods "churn-rev-2-5d-x" is forbidden: exceeded quota: compute, requested: requests.cpu=2, '
-        "used: requests.cpu=3, limited: requests.cpu=4"
-    ),
     "set resources.cpu and resources.memory": (
         'pods "churn-rev-2-5d-x" is forbidden: failed quota: compute: must specify limits.memory for: function'
     ),
@@ -178,15 +181,86 @@ def test_a_refused_pod_is_named_and_what_served_still_serves(deploy, api, mend):
 
     def refuses(path, manifest):
         if path.endswith("deployments/churn-rev-2"):
-            condition = {
-                "type": "ReplicaFailure", "status": "True", "reason": "FailedCreate", "message": REFUSED[mend]
-            }  # fmt: skip
-            manifest["status"] = {"observedGeneration": 99, "conditions": [condition], "unavailableReplicas": 1}
+            manifest["status"] = is_refused(REFUSED[mend])
 
     api.behaviour = refuses
     with pytest.raises(DeployFailed, match=rf"(?s)no pod can be made: .*{mend}.*rev-1 still serves"):
         deploy(timeout_s=30)
     assert api.names("deployments") == ["churn-rev-1"]
+
+
+def is_refused(message):
+    condition = {"type": "ReplicaFailure", "status": "True", "reason": "FailedCreate", "message": message}
+    return {"observedGeneration": 99, "conditions": [condition], "unavailableReplicas": 1}
+
+
+@pytest.fixture
+def waits_for_room(api):
+    """Makes pods of rev-2 wait for a node, or for a quota; what it returns makes room."""
+
+    def make(reason):
+        def keeps_waiting(path, manifest):
+            if path.endswith("deployments/churn-rev-2"):
+                manifest["status"] = is_refused(QUOTA) if reason == "quota" else {"observedGeneration": 99}
+                if reason != "quota":
+                    api.objects["/api/v1/namespaces/ml/pods/churn-rev-2-abc"] = pod("rev-2", **UNSCHEDULABLE)
+            else:
+                becomes_ready(api, path, manifest)
+
+        def make_room():
+            found = api.objects["/apis/apps/v1/namespaces/ml/deployments/churn-rev-2"]
+            api.objects.pop("/api/v1/namespaces/ml/pods/churn-rev-2-abc", None)
+            found["status"] = {"observedGeneration": 99, "readyReplicas": 1}
+
+        api.behaviour = keeps_waiting
+        return make_room
+
+    return make
+
+
+WAITING = {"node": "fits on no node: 0/3 nodes.*2 Insufficient cpu.*lower resources", "quota": "have the quota raised"}
+
+
+@pytest.mark.parametrize("reason", WAITING)
+def test_a_deploy_waits_for_a_node_or_a_quota_and_then_serves(deploy, api, waits_for_room, monkeypatch, reason):
+    deploy()
+    make_room, looks = waits_for_room(reason), []
+    ready = KubernetesTarget._ready
+
+    def look(self, row, revision):
+        looks.append(ready(self, row, revision))
+        if len(looks) == 3:
+            make_room()
+        return looks[-1]
+
+    monkeypatch.setattr(KubernetesTarget, "_ready", look)
+    endpoint = deploy(timeout_s=30)
+    assert endpoint.status().revision == "rev-2" and api.names("deployments") == ["churn-rev-2"]
+    assert all(re.search(WAITING[reason], failure.reason) for failure in looks[:3])
+
+
+@pytest.mark.parametrize("reason", WAITING)
+def test_a_deploy_that_waited_in_vain_says_for_what_and_what_served_still_serves(deploy, api, waits_for_room, reason):
+    deploy()
+    waits_for_room(reason)
+    with pytest.raises(DeployFailed, match=rf"(?s)not ready after 0.3 s \(.*{WAITING[reason]}.*rev-1 still serves"):
+        deploy(timeout_s=30, wait_s=0.3)
+    assert api.names("deployments") == ["churn-rev-1"]
+    assert api.objects["/api/v1/namespaces/ml/services/churn"]["spec"]["selector"]["mlfuncs.dev/revision"] == "rev-1"
+
+
+def test_traffic_waits_until_as_many_pods_are_ready_as_the_function_wants_at_least(deploy, api):
+    with pytest.raises(DeployFailed, match=r"rev-1: 1 of 2 pods ready"):  # its autoscaler has not looked at it yet
+        deploy(function=churn.with_options(scale=ml.Scale(min=2, max=3)), wait_s=0.2)
+
+
+def test_the_newest_of_a_pods_events_is_the_evidence(api):
+    said = {"old": ("2026-01-01T10:00:00Z", "no secret"), "new": ("2026-01-01T10:00:05Z", "no claim")}
+    for name, (seen, message) in sorted(said.items()):  # the API lists by name
+        event = {"metadata": {"name": name}, "lastTimestamp": seen, "reason": "FailedMount", "message": message}
+        api.objects[f"/api/v1/namespaces/ml/events/{name}"] = event
+    cluster = Cluster("ml", client.ApiClient(client.Configuration(host=api.url)))
+    assert cluster.events("churn") == ["FailedMount: no secret", "FailedMount: no claim"]
 
 
 def test_an_apply_that_is_refused_half_way_leaves_what_served_and_nothing_new(deploy, api):
@@ -223,7 +297,7 @@ def test_a_quota_and_a_denied_role_are_named(deploy, api):
 
     api.behaviour = over_quota
     with pytest.raises(DeployFailed, match="exceeded quota: compute; lower resources"):
-        deploy()
+        deploy(wait_s=0.3)
 
 
 def test_kinds_and_namespaces_that_the_cluster_lacks_are_named(deploy, api, monkeypatch):
@@ -288,13 +362,14 @@ def test_with_keda_a_revision_at_zero_is_ready(deploy, api, monkeypatch):
             manifest["status"]["readyReplicas"] = 0
 
     api.behaviour = scaled_to_zero
-    endpoint = deploy()
+    idle = churn.with_options(scale=ml.Scale(min=0, max=3))
+    endpoint = deploy(function=idle)
     assert endpoint.url == "http://churn.ml.svc.cluster.local:8080"
     assert api.names("interceptorroutes") == api.names("scaledobjects") == ["churn-rev-1"]
     assert api.names("horizontalpodautoscalers") == []
     service = api.objects["/api/v1/namespaces/ml/services/churn"]
     assert service["spec"]["externalName"] == "keda-add-ons-http-interceptor-proxy.keda.svc.cluster.local"
-    deploy(timeout_s=30)
+    deploy(function=idle, timeout_s=30)
     assert api.names("interceptorroutes") == ["churn-rev-2"]
 
 
@@ -315,6 +390,74 @@ def test_knative_moves_traffic_when_its_revision_is_ready(deploy, api):
     endpoint.promote()
     service = api.objects["/apis/serving.knative.dev/v1/namespaces/ml/services/churn"]
     assert [target["revisionName"] for target in service["spec"]["traffic"]] == ["churn-rev-2"]
+
+
+@pytest.fixture
+def knative(api):
+    """Knative's rules for revisions that are named: a template changes only with its name, a revision never."""
+    names = "/apis/serving.knative.dev/v1/namespaces/ml"
+    seen = {}
+
+    def takes(path, manifest):
+        becomes_ready(api, path, manifest)
+        if not path.endswith("/services/churn"):
+            return
+        template = copy.deepcopy(manifest["spec"]["template"])
+        name = template["metadata"]["name"]
+        assert seen.get("template", template) == template or seen["template"]["metadata"]["name"] != name, (
+            "Saw the following changes without a name change"
+        )
+        assert seen.setdefault(name, template["spec"]) == template["spec"], f"revision {name} already exists"
+        seen["template"] = template
+        api.objects[f"{names}/revisions/{name}"]["spec"] = template["spec"]
+
+    api.behaviour = takes
+    return seen
+
+
+def test_knative_takes_known_revisions_from_a_release_that_renders_them_differently(deploy, knative, monkeypatch):
+    endpoint = deploy("knative")
+    deploy("knative", timeout_s=30, traffic=20)
+    monkeypatch.setattr("mlfuncs_runtime.manifests.workload.READY_PATH", "/-/another")
+    endpoint.promote()  # the Service's own template
+    endpoint.rollback()  # a revision that only exists
+    assert knative["template"]["metadata"]["name"] == "churn-rev-1"
+    deploy("knative", timeout_s=40)
+    ready = knative["template"]["spec"]["containers"][0]["readinessProbe"]["httpGet"]["path"]
+    assert (knative["template"]["metadata"]["name"], ready) == ("churn-rev-3", "/-/another")
+
+
+def test_knative_gets_its_template_back_after_a_deploy_that_failed(deploy, api, knative):
+    deploy("knative")
+    takes = api.behaviour
+
+    def fails(path, manifest):
+        takes(path, manifest)
+        name = manifest["spec"]["template"]["metadata"]["name"]
+        if name == "churn-rev-2":
+            condition = {"type": "Ready", "status": "False", "reason": "ExitCode1", "message": "no model"}
+            api.objects[f"/apis/serving.knative.dev/v1/namespaces/ml/revisions/{name}"]["status"] = {
+                "conditions": [condition]
+            }
+
+    api.behaviour = fails
+    with pytest.raises(DeployFailed, match=r"ExitCode1: no model; rev-1 still serves"):
+        deploy("knative", timeout_s=30)
+    service = api.objects["/apis/serving.knative.dev/v1/namespaces/ml/services/churn"]
+    assert service["spec"]["template"]["metadata"]["name"] == "churn-rev-1"
+    assert [target["revisionName"] for target in service["spec"]["traffic"]] == ["churn-rev-1"]
+
+
+def test_a_revision_of_an_endpoint_that_was_deleted_is_not_taken_for_the_new_ones(deploy, api, knative):
+    deploy("knative").delete()  # the cluster removes its revisions some time later
+    knative.clear()
+    with pytest.raises(DeployFailed):  # of the image that served before: Knative refuses, and is asked with the new one
+        api.behaviour = lambda path, manifest: None
+        api.objects["/apis/serving.knative.dev/v1/namespaces/ml/revisions/churn-rev-1"]["status"] = {}
+        deploy("knative", timeout_s=30, wait_s=0.2)
+    patched = [body for *_, body in api.applied if body["kind"] == "Service"]
+    images = [body["spec"]["template"]["spec"]["containers"][0]["image"] for body in patched]
+    assert images[0] != images[-1]
 
 
 def test_knative_says_why_a_revision_is_not_ready(deploy, api):

@@ -200,6 +200,45 @@ def test_percentages_sum_to_100_and_stay_within_one_of_the_share(shares):
     assert all(abs(percentages[name] - 100 * share / total) < 1 for name, share in shares.items())
 
 
+def test_a_function_may_take_long_to_load_before_its_liveness_is_asked():
+    for workload in WORKLOADS.values():
+        probe = container(workload)["startupProbe"]
+        assert probe["periodSeconds"] * probe["failureThreshold"] >= 600
+        served = render_knative(workload)[0]["spec"]["template"]["spec"]["containers"][0]
+        assert "port" not in served["startupProbe"]["httpGet"]  # Knative's own to say
+
+
+def test_labels_of_free_text_become_annotations_and_impossible_ones_are_named():
+    spec = FunctionSpec(name="f", labels={"team": "growth", "owner": "Ann & Bob", "note": "x" * 64, "empty": ""})
+    workload = Workload("f", "p", "rev-1", "i", spec)
+    for manifest in [*render_kubernetes(workload), *render_knative(workload)]:
+        made = manifest["metadata"]
+        assert (made["labels"]["team"], made["labels"]["empty"]) == ("growth", "")
+        assert made["annotations"] == {"owner": "Ann & Bob", "note": "x" * 64}
+    for key in ("a team", "-x", "x/y/z", "A.example/x", "y" * 64):
+        with pytest.raises(SpecError, match="is none for Kubernetes"):
+            render_kubernetes(Workload("f", "p", "rev-1", "i", FunctionSpec(name="f", labels={key: "v"})))
+
+
+def test_a_name_that_no_service_can_have_is_refused_before_anything_is_applied():
+    with pytest.raises(SpecError, match=r"'2f': a Kubernetes Service's name begins with a letter"):
+        render_kubernetes(Workload("2f", "p", "rev-1", "i", FunctionSpec(name="2f")))
+
+
+def test_names_and_labels_of_the_longest_endpoint_fit():
+    workload = Workload("f" * 53, "p" * 63, "rev-9999", "i", FunctionSpec(name="f", secrets=("KEY",)))
+    objects = render_kubernetes(workload)
+    names = [manifest["metadata"]["name"] for manifest in objects] + [workload.secret_name]
+    values = [value for manifest in objects for value in manifest["metadata"]["labels"].values()]
+    assert max(map(len, names + values)) <= 63
+
+
+def test_the_containers_port_stays_what_probes_and_services_know():
+    workload = Workload("f", "p", "rev-1", "i", FunctionSpec(name="f", env={"PORT": "9000"}))
+    assert {"name": "PORT", "value": "8080"} in container(workload)["env"]
+    assert any("env PORT" in warning for warning in kubernetes_warnings(workload))
+
+
 def test_gpus_are_asked_and_limited_alike():
     asked = container(WORKLOADS["everything"])["resources"]
     assert asked["requests"]["nvidia.com/gpu"] == asked["limits"]["nvidia.com/gpu"] == "1"

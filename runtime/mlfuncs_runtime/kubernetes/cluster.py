@@ -87,7 +87,7 @@ class Cluster:
             items = self._call("GET", "Event", "", {"fieldSelector": f"involvedObject.name={name}"})["items"]
         except MlfuncsError:  # evidence only: not being allowed to see events is no failure
             return []
-        return [f"{item.get('reason', '')}: {item.get('message', '')}" for item in items]
+        return [f"{item.get('reason', '')}: {item.get('message', '')}" for item in sorted(items, key=_when)]
 
     def logs(self, pod: str, lines: int, previous: bool = False) -> list[str]:
         """The last lines of a pod's function; none when there are none yet."""
@@ -150,6 +150,12 @@ def _connect() -> client.ApiClient:
                 f"no Kubernetes cluster is configured ({exc}): set KUBECONFIG to a file that 'kubectl' works with"
             ) from exc
     return client.ApiClient()
+
+
+def _when(event: Manifest) -> str:
+    """When an event was last seen; times of the API are RFC 3339 in UTC, which sort as text."""
+    seen = event.get("lastTimestamp") or event.get("eventTime") or event["metadata"].get("creationTimestamp")
+    return str(seen or "")
 
 
 _INSTALL = {  # API group -> what brings it

@@ -29,6 +29,11 @@ class Failure:
     final: bool = True  # waiting longer would not help
     may_pass: bool = False  # unless something else in the cluster changes: a node is added, other work ends
 
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether nothing but another deploy or run mends it."""
+        return self.final and not self.may_pass
+
 
 def failure_of(deployment: Mapping[str, Any], pods: Sequence[Mapping[str, Any]]) -> Failure | None:
     """The first thing that keeps a deployment from being ready, or None while it may just need time."""

@@ -1,4 +1,4 @@
-"""The targets "kubernetes" and "knative": endpoints as objects of a cluster, applied by whoever deploys.
+"""The target "kubernetes": endpoints as objects of a cluster, applied by whoever deploys.
 
 There is no reconciler of ours in the cluster: its own controllers keep what was applied. A rollout adds the new
 revision's objects beside what serves, waits until the cluster calls them ready, then moves the traffic, and removes
@@ -22,7 +22,6 @@ from mlfuncs_runtime.kubernetes.cluster import Cluster, Manifest, kind_of
 from mlfuncs_runtime.kubernetes.evidence import explain_pods
 from mlfuncs_runtime.kubernetes.images import cluster_image, push_image
 from mlfuncs_runtime.kubernetes.pod_failures import Failure
-from mlfuncs_runtime.manifests.knative import render_knative
 from mlfuncs_runtime.manifests.kubernetes import render_kubernetes, split_warning
 from mlfuncs_runtime.manifests.routing import INTERCEPTOR_PORT, KubernetesOptions
 from mlfuncs_runtime.manifests.workload import MANAGER, Workload
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 
 POLL_S = 1.0
 _LOG_LINES = 20
-_REVISION = "mlfuncs.dev/revision"
+REVISION = "mlfuncs.dev/revision"
 
 
 class KubernetesTarget:
@@ -69,12 +68,16 @@ class KubernetesTarget:
             self._prune(row)
 
     def wait(self, row: EndpointRow, rollout: str, timeout_s: float, report: Report) -> None:
-        """Return when the rollout's revisions are ready and the traffic is theirs. Raises DeployFailed."""
+        """Return when the rollout's revisions are ready and the traffic is theirs.
+
+        Raises DeployFailed: at once for what no waiting mends, else, e.g. for a pod that fits on no node yet, after
+        `timeout_s` with the reason as it is then.
+        """
         deadline = time.monotonic() + timeout_s
         waiting = "waiting"
         while time.monotonic() < deadline:
             states = [self._ready(row, revision) for revision in _coming(row)]
-            failure = next((state for state in states if isinstance(state, Failure) and state.final), None)
+            failure = next((state for state in states if state is not None and state.is_hopeless), None)
             if failure is not None:
                 self._give_up(row, rollout, failure)
             if all(state is None for state in states):
@@ -96,7 +99,7 @@ class KubernetesTarget:
         """What the cluster runs now."""
         pods = self._cluster.find("Pod", self._labels(row))
         replicas = tuple(
-            ReplicaStatus(pod["metadata"]["name"], pod["metadata"]["labels"].get(_REVISION, ""), _pod_state(pod))
+            ReplicaStatus(pod["metadata"]["name"], pod["metadata"]["labels"].get(REVISION, ""), _pod_state(pod))
             for pod in pods
         )
         traffic = dict(row.desired.get("traffic") or {})
@@ -132,13 +135,17 @@ class KubernetesTarget:
 
     # --- what differs between the two targets
 
+    def _take_back(self, row: EndpointRow) -> None:
+        """After a failure: the new revision's objects are its own, and go."""
+        self._prune(row)
+
     def _split_warning(self, traffic: dict[str, int]) -> str:
         return split_warning(traffic, "", self._options)
 
     def _manifests(self, row: EndpointRow) -> list[Manifest]:
         """Every object of the row, each once; shared ones, e.g. the main Service, follow what has traffic."""
         found: dict[tuple[str, str], Manifest] = {}
-        for revision in _wanted(row):
+        for revision in wanted_revisions(row):
             for manifest in render_kubernetes(self._workload(row, revision), self._options):
                 found.setdefault((kind_of(manifest), manifest["metadata"]["name"]), manifest)
         return list(found.values())
@@ -150,12 +157,14 @@ class KubernetesTarget:
             return Failure(f"{revision}: its Deployment is gone")
         status = deployment.get("status") or {}
         seen = int(status.get("observedGeneration", 0)) >= int(deployment["metadata"].get("generation", 0))
-        ready, wished = int(status.get("readyReplicas") or 0), int(deployment["spec"].get("replicas", 1))
-        if seen and (ready >= max(1, wished) or (wished == 0 and self._options.keda)):
+        least = RevisionConfig.from_dict(row.revision(revision).config).spec.scale.min
+        ready, now = int(status.get("readyReplicas") or 0), int(deployment["spec"].get("replicas", 1))
+        wished = max(1, now, least)  # its autoscaler brings it to the least some seconds after it was made
+        if seen and (ready >= wished or (now == least == 0 and self._options.keda)):
             return None  # at zero it is ready too: a request brings it back
-        pods = self._cluster.find("Pod", {**self._labels(row), _REVISION: revision})
+        pods = self._cluster.find("Pod", {**self._labels(row), REVISION: revision})
         failure = explain_pods(self._cluster, deployment, pods) if seen else None
-        return failure or Failure(f"{revision}: {ready} of {max(1, wished)} pods ready", final=False)
+        return failure or Failure(f"{revision}: {ready} of {wished} pods ready", final=False)
 
     # --- shared
 
@@ -196,13 +205,13 @@ class KubernetesTarget:
         raise DeployFailed(f"endpoint {row.name!r}: {failure.reason}{kept}{log}")
 
     def _fail(self, row: EndpointRow, rollout: str, reason: str) -> None:
-        """Write the failure down, and take the new revision's objects away."""
+        """Write the failure down, and bring the objects back to what serves."""
         from mlfuncs.registry import open_registry
 
         endpoints = open_registry(self._settings).endpoints
         after = endpoints.update(row.name, lambda desired, _row: fail_rollout(desired, rollout, reason))
         with suppress(MlfuncsError):  # what brought us here may stand in the way of this too
-            self._prune(after)
+            self._take_back(after)
 
     def _prune(self, row: EndpointRow, everything: bool = False) -> None:
         """Delete objects of the endpoint that it no longer has."""
@@ -218,53 +227,12 @@ class KubernetesTarget:
         return {"app.kubernetes.io/name": row.name, "app.kubernetes.io/part-of": row.project}
 
 
-class KnativeTarget(KubernetesTarget):
-    """One Knative Service an endpoint; its revisions, traffic and scale to zero are Knative's."""
-
-    KINDS: tuple[str, ...] = ("KnativeService",)
-
-    def _split_warning(self, traffic: dict[str, int]) -> str:
-        return ""  # Knative weighs
-
-    def url(self, row: EndpointRow) -> str:
-        """The address that Knative gave the Service."""
-        service = self._cluster.get("KnativeService", row.name) or {}
-        inside = f"http://{row.name}.{self._cluster.namespace}.svc.cluster.local"
-        return str((service.get("status") or {}).get("url") or inside)
-
-    def _manifests(self, row: EndpointRow) -> list[Manifest]:
-        """The Service with its newest wished revision as the template; earlier ones are kept by Knative."""
-        wanted = _wanted(row)
-        if not wanted:
-            return []
-        newest = max(wanted, key=lambda revision: int(revision.rpartition("-")[2]))
-        return render_knative(self._workload(row, newest))
-
-    def _ready(self, row: EndpointRow, revision: str) -> Failure | None:
-        name = f"{row.name}-{revision}"
-        found = self._cluster.get("KnativeRevision", name)
-        if found is None:
-            service = self._cluster.get("KnativeService", row.name) or {}
-            said = _condition(service, "ConfigurationsReady")
-            if said and said["status"] == "False":
-                return Failure(f"{revision}: {said.get('reason', '')}: {said.get('message', '')}")
-            return Failure(f"{revision}: waiting for Knative to make it", final=False)
-        ready = _condition(found, "Ready")
-        if ready and ready["status"] == "True":
-            return None
-        pods = self._cluster.find("Pod", {**self._labels(row), _REVISION: revision})
-        failure = explain_pods(self._cluster, {}, pods)
-        if failure is None and ready and ready["status"] == "False":
-            failure = Failure(f"{revision}: {ready.get('reason', '')}: {ready.get('message', '')}")
-        return failure or Failure(f"{revision}: {(ready or {}).get('reason') or 'starting'}", final=False)
-
-
 def _coming(row: EndpointRow) -> list[str]:
     """The revisions that a rollout leads to."""
     return list((row.desired.get("rollout") or {}).get("traffic") or {})
 
 
-def _wanted(row: EndpointRow) -> list[str]:
+def wanted_revisions(row: EndpointRow) -> list[str]:
     """Revisions that must exist in the cluster, the one that serves first."""
     desired = row.desired
     traffic = dict(desired.get("traffic") or {})
@@ -273,7 +241,7 @@ def _wanted(row: EndpointRow) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _condition(found: Manifest, kind: str) -> dict[str, Any] | None:
+def condition_of(found: Manifest, kind: str) -> dict[str, Any] | None:
     conditions = (found.get("status") or {}).get("conditions") or ()
     return next((condition for condition in conditions if condition["type"] == kind), None)
 
@@ -281,7 +249,7 @@ def _condition(found: Manifest, kind: str) -> dict[str, Any] | None:
 def _pod_state(pod: Manifest) -> str:
     if pod["metadata"].get("deletionTimestamp"):
         return "stopping"
-    ready = _condition(pod, "Ready")
+    ready = condition_of(pod, "Ready")
     return "ready" if ready and ready["status"] == "True" else "starting"
 
 

@@ -19,6 +19,7 @@ from mlfuncs_runtime.manifests.workload import (
     MANAGER,
     SECRETS_DIR,
     Workload,
+    label_values,
     mounts,
     placement,
     pod_security,
@@ -96,7 +97,7 @@ def render_order(job: RunJob, owner_uid: str) -> dict[str, Any]:
 def run_labels(job: RunJob) -> dict[str, str]:
     """The labels of a run's objects; none that an endpoint of the function's name selects by."""
     return {
-        **dict(job.spec.labels),
+        **label_values(job.spec),
         "app.kubernetes.io/name": "mlfuncs-run",
         "app.kubernetes.io/instance": job.name,
         "app.kubernetes.io/part-of": job.project,

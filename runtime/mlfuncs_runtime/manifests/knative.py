@@ -159,12 +159,12 @@ def _is_read_only(volume: Mapping[str, Any]) -> bool:
 
 
 def _container(workload: Workload) -> dict[str, Any]:
-    """The container without the port name and liveness port that Knative sets itself."""
+    """The container without what Knative sets itself: the name of the port, the ports of the probes."""
     made = container(workload)
     made["ports"] = [{"containerPort": PORT}]
     made["env"] = [item for item in made["env"] if item["name"] not in _RESERVED]
-    made["readinessProbe"]["httpGet"].pop("port")
-    made["livenessProbe"]["httpGet"].pop("port")
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        made[probe]["httpGet"].pop("port")
     return made
 
 

@@ -72,6 +72,8 @@ def kubernetes_warnings(workload: Workload, options: KubernetesOptions = Kuberne
         )
     if not options.keda and workload.spec.resources.cpu is None:
         found.append("resources.cpu is not set: the autoscaler measures CPU against the request, and 100m is assumed")
+    if workload.spec.env.get("PORT", str(PORT)) != str(PORT):
+        found.append(f"env PORT is where the container listens and stays {PORT}: give the variable another name")
     if scale.buffer:
         found.append(f"scale.buffer={scale.buffer}: a cluster keeps no spare replicas; raise scale.min instead")
     return found

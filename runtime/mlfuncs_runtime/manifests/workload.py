@@ -7,10 +7,12 @@ capability, no privilege escalation, the runtime's default seccomp profile, and 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mlfuncs.errors import SpecError
 from mlfuncs.spec import FunctionSpec
 
 PORT = 8080  # where the container listens
@@ -18,8 +20,15 @@ USER = 10001  # numeric, so that Kubernetes can prove it is not root
 SECRETS_DIR = "/run/secrets/mlfuncs"
 READY_PATH = "/-/ready"
 LIVE_PATH = "/-/healthz"
+START_S = 600  # how long loading may take: a Deployment's own progressDeadlineSeconds, and Knative's progress-deadline
+_START_PERIOD_S = 2
 PRE_STOP_S = 5  # guess: how long a cluster takes to stop sending requests to a pod that is going away
 MANAGER = "mlfuncs"
+
+
+_LABEL_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?")
+_LABEL_VALUE = re.compile(rf"({_LABEL_NAME.pattern})?")
+_PREFIX = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
 
 
 @dataclass(frozen=True)
@@ -59,12 +68,33 @@ def labels(workload: Workload, revision: bool = True) -> dict[str, str]:
     }
     if revision:
         own["mlfuncs.dev/revision"] = workload.revision
-    return {**dict(workload.spec.labels), **own}
+    return {**label_values(workload.spec), **own}
+
+
+def label_values(spec: FunctionSpec) -> dict[str, str]:
+    """The user's labels that Kubernetes takes as such; others, of free text, become annotations.
+
+    Raises SpecError for a key that is neither's.
+    """
+    for key in spec.labels:
+        prefix, _, name = key.rpartition("/")
+        if not _LABEL_NAME.fullmatch(name) or (prefix and not _PREFIX.fullmatch(prefix)):
+            raise SpecError(
+                f"label {key!r} is none for Kubernetes: use up to 63 of A-Z, a-z, 0-9, '-', '_' and '.', beginning and "
+                "ending with a letter or digit"
+            )
+    return {key: value for key, value in spec.labels.items() if _LABEL_VALUE.fullmatch(value)}
 
 
 def metadata(workload: Workload, name: str, revision: bool = True) -> dict[str, Any]:
-    """Name, namespace and labels of one object."""
-    return {"name": name, "namespace": workload.namespace, "labels": labels(workload, revision)}
+    """Name, namespace and labels of one object. Raises SpecError for a name that Services cannot have."""
+    if not workload.name[0].isalpha():
+        raise SpecError(
+            f"endpoint {workload.name!r}: a Kubernetes Service's name begins with a letter: give it another name"
+        )
+    made = {"name": name, "namespace": workload.namespace, "labels": labels(workload, revision)}
+    other = {key: value for key, value in workload.spec.labels.items() if not _LABEL_VALUE.fullmatch(value)}
+    return {**made, "annotations": other} if other else made
 
 
 def container(workload: Workload) -> dict[str, Any]:
@@ -80,6 +110,9 @@ def container(workload: Workload) -> dict[str, Any]:
     }
     ready = {"path": READY_PATH, "port": PORT}
     live = {"path": LIVE_PATH, "port": PORT}
+    # nothing listens before the function is loaded: until then liveness must not be asked
+    starts = {"httpGet": dict(live), "periodSeconds": _START_PERIOD_S, "failureThreshold": START_S // _START_PERIOD_S}
+    made["startupProbe"] = starts
     made["readinessProbe"] = {"httpGet": ready, "periodSeconds": 2, "failureThreshold": 3}
     made["livenessProbe"] = {"httpGet": live, "periodSeconds": 10, "failureThreshold": 3, "timeoutSeconds": 5}
     return made
@@ -112,6 +145,8 @@ def environment(workload: Workload) -> list[dict[str, str]]:
     }
     if workload.spec.secrets:
         own["MLFUNCS_SECRETS_DIR"] = SECRETS_DIR
+    if "PORT" in workload.spec.env:  # where the container listens, which the probes and Services know
+        own["PORT"] = str(PORT)
     return [{"name": name, "value": value} for name, value in sorted({**workload.spec.env, **own}.items())]
 
 
