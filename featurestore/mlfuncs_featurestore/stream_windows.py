@@ -219,14 +219,19 @@ class EntityEvents:
         last = int(self.last(now_us)[entity])
         extra = KEPT_BEFORE if self.view.event_id else 0
         from_place = max(first, end - MAX_EVENTS, min(recent, last if last >= 0 else end) - extra)
-        counts = (self.grouped.until_us[first:end] > now_us - SLACK_US) & ~self.deleted[first:end]
-        dropped = np.flatnonzero(counts[: from_place - first])
+        until, deleted = self.grouped.until_us[first:end], self.deleted[first:end]
+        counts = (until > now_us - SLACK_US) & ~deleted
+        wanted = counts | deleted  # a version that no reader sees any more goes; deletes stay for their time
+        keeps = wanted & (np.arange(first, end) >= from_place)
+        replaced = keeps & (until < FOREVER)
+        if replaced.any():  # by a version that may lie anywhere: without it the replaced one would count again
+            codes = self._codes()[first:end]
+            keeps |= wanted & np.isin(codes, codes[replaced])
+        dropped = np.flatnonzero(counts & ~keeps)
         horizon = int(self.horizon[entity])
         if len(dropped):
             horizon = max(horizon, int(self.event_us[first + dropped[-1]]))
-        # a version whose correction is dropped must go with it, or it would count again; deletes stay for their time
-        keeps = (counts | self.deleted[first:end])[from_place - first :]
-        kept = b"".join(to_record(self.rows[place]) for place in (from_place + np.flatnonzero(keeps)).tolist())
+        kept = b"".join(to_record(self.rows[place]) for place in (first + np.flatnonzero(keeps)).tolist())
         return new_header(horizon, STATE.size + len(kept)) + kept
 
 

@@ -8,7 +8,7 @@ import uuid
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from mlfuncs.errors import SpecError, Unavailable
@@ -156,6 +156,8 @@ def few_kept(monkeypatch):
     moments,
     st.booleans(),
 )
+@example([(0, 62, "a", False), (1, 0, "a", False), (1, 0, "b", False), (1, 0, "a", False)], 121, True)
+@example([(0, 62, "a", True), (1, 0, "a", False), (2, 0, "b", False), (3, 0, "a", False)], 121, True)
 def test_compaction_keeps_what_corrections_and_deletes_made(few_kept, history, now, timed):
     one = TIMED if timed else VIEW
     seconds = lambda values: pa.array([v * SECOND for v in values], pa.int64()).cast(pa.timestamp("us", tz="UTC"))  # noqa: E731
