@@ -5,8 +5,8 @@ late row is in the next commit and so in the next run. What was reached is noted
 by file: a run that was interrupted goes on where it stopped, and a Redis that lost its data starts from nothing. Every
 write may be repeated (newest wins, events count once), so runs may overlap.
 
-Rows of the future (their event time is later than now) stay offline, as the point-in-time join does not show them
-either; their files are remembered and looked at again by the next run.
+Rows of the future (more than `online_write.FUTURE_US` ahead) stay offline where only the newest row is kept;
+their files are remembered and looked at again by the next run. Those a little ahead are sent and wait online (`ahead`).
 """
 
 from __future__ import annotations

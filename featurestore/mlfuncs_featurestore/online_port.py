@@ -10,8 +10,10 @@ import threading
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from mlfuncs_featurestore.rows import read_stamp
+from mlfuncs_featurestore.ahead import with_row
 from mlfuncs_featurestore.stream_windows import STATE
+
+LATEST_US = 2**63 - 1  # a clock that no row is ahead of
 
 
 class OnlineRows(Protocol):
@@ -20,10 +22,13 @@ class OnlineRows(Protocol):
     def read(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """What is at each key, None where there is nothing."""
 
-    def write_newest(self, keys: Sequence[bytes], rows: Sequence[bytes]) -> int:
-        """Store each packed row unless one with a later (event, created, sequence) is there; how many were stored."""
+    def write_newest(self, keys: Sequence[bytes], rows: Sequence[bytes], now_us: int = LATEST_US) -> int:
+        """Store each packed row unless one with a later (event, created, sequence) is there; how many were stored.
 
-    def stream_newest(self, parts: Iterable[tuple[Sequence[bytes], Sequence[bytes]]]) -> int:
+        A row later than `now_us`, the writer's clock, waits beside the one before it (see `ahead`).
+        """
+
+    def stream_newest(self, parts: Iterable[tuple[Sequence[bytes], Sequence[bytes]]], now_us: int = LATEST_US) -> int:
         """`write_newest` of one part (keys, rows) after another; a part may be made while an earlier one is written."""
 
     def append(self, keys: Sequence[bytes], records: Sequence[bytes], header: bytes, least: int) -> list[bytes]:
@@ -49,20 +54,20 @@ class MemoryRows:
         with self._lock:
             return [self._values.get(key) for key in keys]
 
-    def write_newest(self, keys: Sequence[bytes], rows: Sequence[bytes]) -> int:
+    def write_newest(self, keys: Sequence[bytes], rows: Sequence[bytes], now_us: int = LATEST_US) -> int:
         """See OnlineRows."""
         stored = 0
         with self._lock:
             for key, row in zip(keys, rows, strict=True):
-                old = self._values.get(key)
-                if old is None or read_stamp(row).order >= read_stamp(old).order:
-                    self._values[key] = row
+                value = with_row(self._values.get(key), row, now_us)
+                if value is not None:
+                    self._values[key] = value
                     stored += 1
         return stored
 
-    def stream_newest(self, parts: Iterable[tuple[Sequence[bytes], Sequence[bytes]]]) -> int:
+    def stream_newest(self, parts: Iterable[tuple[Sequence[bytes], Sequence[bytes]]], now_us: int = LATEST_US) -> int:
         """See OnlineRows."""
-        return sum(self.write_newest(*part) for part in parts)
+        return sum(self.write_newest(*part, now_us) for part in parts)
 
     def append(self, keys: Sequence[bytes], records: Sequence[bytes], header: bytes, least: int) -> list[bytes]:
         """See OnlineRows."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mlfuncs.errors import InvalidInput
+from mlfuncs_featurestore.ahead import due_rows
 from mlfuncs_featurestore.online_plan import LATEST, OnlinePlan, ViewRead
 from mlfuncs_featurestore.rows import ABSENT, PRESENT
 from mlfuncs_featurestore.rows import NULL as NULL_STATE
@@ -218,7 +219,7 @@ def _decode(
             name: (array, _with_nulls(found.status, array), np.where(found.status == _NOT_FOUND, 0, found.event_us))
             for name, array in found.columns.items()
         }
-    columns = read.codec.decode_columns(rows, read.features)
+    columns = read.codec.decode_columns(due_rows(rows, at_us), read.features)
     expired = np.zeros(len(rows), bool)
     if read.view.ttl_us is not None:
         expired = columns.found & (columns.event_us < at_us - read.view.ttl_us)

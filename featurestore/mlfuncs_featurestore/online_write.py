@@ -5,6 +5,9 @@ Owns: what `push`, `materialize` and `stream` have in common.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,7 +22,7 @@ if TYPE_CHECKING:
 
 ROWS_AT_ONCE = 10_000  # events packed before they are sent
 STREAM_ROWS = 2_000  # rows sent while the next are packed: two script calls, as much as socket buffers take
-FUTURE_US = 60 * 10**6  # clocks differ: a row this much ahead is not of the future
+FUTURE_US = 60 * 10**6  # clocks differ: a row this much ahead waits online until it is due, a later one offline
 TRIES = 5  # of one compaction, against writers that append meanwhile
 
 
@@ -28,19 +31,37 @@ def write_rows(
 ) -> int:
     """Write conformed rows that carry `__ingest`; idempotent, in any order. Returns how many rows were stored.
 
-    Where only the newest row is kept, a row of the future is left out: it would hide the one that holds now.
-    `left_out_us`: events up to this time may be missing from `rows`; values of events remember it as their horizon.
+    Where only the newest row is kept, one up to FUTURE_US ahead of `now_us` waits beside it until it is due (`ahead`),
+    and one of a later time is left out. `left_out_us`: events up to this time may be missing from `rows`; values of
+    events remember it as their horizon.
     """
     read = online.read_of(view, ())
-    if read.form == LATEST:
-        event = whole_numbers(rows[view.timestamp])
-        if len(event) and event.max() > now_us + FUTURE_US:
-            rows = rows.filter(pa.array(event <= now_us + FUTURE_US))
-    size = STREAM_ROWS if read.form == LATEST else ROWS_AT_ONCE
-    parts = [rows.slice(start, size) for start in range(0, rows.num_rows, size)]
     if read.form != LATEST:
+        parts = _slices(rows, ROWS_AT_ONCE)
         return sum(_write_events(online, read, part, now_us, left_out_us) for part in parts)
-    return online.rows.stream_newest(pack_latest(read, part) for part in parts)
+    event = whole_numbers(rows[view.timestamp])
+    if not len(event) or event.max() <= now_us:
+        return online.rows.stream_newest((pack_latest(read, part) for part in _slices(rows, STREAM_ROWS)), now_us)
+    due, waits = pa.array(event <= now_us), pa.array((event > now_us) & (event <= now_us + FUTURE_US))
+    first = (pack_latest(read, part) for part in _slices(rows.filter(due), STREAM_ROWS))
+    return online.rows.stream_newest(chain(first, _one_by_one(read, rows.filter(waits))), now_us)
+
+
+def _slices(rows: pa.Table, size: int) -> list[pa.Table]:
+    return [rows.slice(start, size) for start in range(0, rows.num_rows, size)]
+
+
+def _one_by_one(read: ViewRead, rows: pa.Table) -> Iterator[tuple[list[bytes], list[bytes]]]:
+    """Keys and packed rows in parts in which each key comes once: the entities' first rows, then their second, ..."""
+    keys = read.keys.of(entity_keys(read.view, rows))
+    parts: list[dict[bytes, bytes]] = []
+    counts: Counter[bytes] = Counter()
+    for key, row in zip(keys, pack_table(read.codec, rows, read_stamps(read.view, rows)), strict=True):
+        if counts[key] == len(parts):
+            parts.append({})
+        parts[counts[key]][key] = row
+        counts[key] += 1
+    return ((list(part), list(part.values())) for part in parts)
 
 
 def pack_latest(read: ViewRead, rows: pa.Table) -> tuple[list[bytes], list[bytes]]:

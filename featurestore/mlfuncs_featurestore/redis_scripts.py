@@ -7,10 +7,18 @@ stamps are taken for equal.
 
 from __future__ import annotations
 
+from mlfuncs_featurestore.ahead import LIMIT, MAGIC
+
 # The (event time, created time, sequence) at bytes 5..28 decide; an equal stamp is written again, so that the later
-# write of a correction at the same timestamp counts. Returns how many rows were written.
-NEWEST = """
-local unpack_number, call = struct.unpack, redis.call
+# write of a correction at the same timestamp counts. The last ARGV is the writer's clock: a row that is ahead of it is
+# kept beside the one before it (see `ahead`). Returns how many rows were written.
+NEWEST = f"""
+local unpack_number, call, sub, byte = struct.unpack, redis.call, string.sub, string.byte
+local now_low, now_high = unpack_number('<I4i4', ARGV[#KEYS + 1])
+local function is_ahead(row)
+  local low, high = unpack_number('<I4i4', row, 5)
+  return high > now_high or (high == now_high and low > now_low)
+end
 local function wins(new, old)
   for at = 5, 21, 8 do
     local low_a, high_a = unpack_number('<I4i4', new, at)
@@ -20,11 +28,58 @@ local function wins(new, old)
   end
   return true
 end
-local stored, put, n = call('MGET', unpack(KEYS)), {}, 0
+local function holds_several(value)
+  return sub(value, 1, 4) == '{MAGIC.decode()}'
+end
+local function rows_in(value)
+  if not value then return {{''}} end
+  if not holds_several(value) then return {{value}} end
+  local rows, at = {{}}, 5
+  while at <= #value do
+    local size = unpack_number('<I4', value, at)
+    rows[#rows + 1] = sub(value, at + 4, at + 3 + size)
+    at = at + 4 + size
+  end
+  return rows
+end
+local function with_row(value, row)
+  local rows, place = rows_in(value), 1
+  while place <= #rows and rows[place] ~= '' and not wins(row, rows[place]) do place = place + 1 end
+  if place > #rows then return nil end
+  if rows[place] ~= '' and wins(rows[place], row) then
+    rows[place] = row
+  else
+    table.insert(rows, place, row)
+  end
+  local keep = 1
+  while keep < #rows and is_ahead(rows[keep]) do keep = keep + 1 end
+  if keep == 1 then return rows[1] end
+  local parts = {{'{MAGIC.decode()}'}}
+  for i = 1, math.min(keep, {LIMIT}) do
+    parts[2 * i], parts[2 * i + 1] = struct.pack('<I4', #rows[i]), rows[i]
+  end
+  return table.concat(parts)
+end
+local stored, put, n = call('MGET', unpack(KEYS)), {{}}, 0
 for i = 1, #KEYS do
-  local old = stored[i]
-  if not old or wins(ARGV[i], old) then
-    put[n + 1], put[n + 2] = KEYS[i], ARGV[i]
+  local row, old, value = ARGV[i], stored[i], nil
+  local low, high = unpack_number('<I4i4', row, 5)  -- this loop is what limits writes: the usual cases are in place
+  if high > now_high or (high == now_high and low > now_low) then
+    value = with_row(old, row)
+  elseif not old then
+    value = row
+  elseif byte(old) == {MAGIC[0]} and holds_several(old) then
+    value = with_row(old, row)
+  else
+    local old_low, old_high = unpack_number('<I4i4', old, 5)
+    if high == old_high and low == old_low then
+      value = wins(row, old) and row
+    elseif high > old_high or (high == old_high and low > old_low) then
+      value = row
+    end
+  end
+  if value then
+    put[n + 1], put[n + 2] = KEYS[i], value
     n = n + 2
   end
 end

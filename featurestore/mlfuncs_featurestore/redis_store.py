@@ -6,17 +6,20 @@ Owns: RedisOnlineStore, the adapter of the port `online_port.OnlineRows`.
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import redis
 
+from mlfuncs_featurestore.online_port import LATEST_US
 from mlfuncs_featurestore.redis_client import RedisLink, Sent
 from mlfuncs_featurestore.redis_keys import group_of
 from mlfuncs_featurestore.redis_scripts import APPEND, NEWEST, SWAP
 
 BATCH = 1000  # keys of one script call: measured best; Lua's `unpack` allows 7,999
 IN_FLIGHT = 4  # script calls sent before the first answer is read: Redis works while Python packs
+_CLOCK = struct.Struct("<q")
 _SHA = {script: hashlib.sha1(script.encode()).hexdigest() for script in (NEWEST, APPEND, SWAP)}
 
 
@@ -41,19 +44,22 @@ class RedisOnlineStore:
 
         return self.link.run(spread)
 
-    def write_newest(self, keys: Sequence[bytes], rows: Sequence[bytes]) -> int:
-        """Store each row unless a newer one is there; how many were stored. A key may come only once."""
-        return sum(self._scripted(NEWEST, keys, rows))
+    def write_newest(self, keys: Sequence[bytes], rows: Sequence[bytes], now_us: int = LATEST_US) -> int:
+        """Store each row unless a newer one is there; how many were stored. A key may come only once.
 
-    def stream_newest(self, parts: Iterable[tuple[Sequence[bytes], Sequence[bytes]]]) -> int:
+        A row later than `now_us`, the writer's clock, waits beside the one before it (see `ahead`).
+        """
+        return sum(self._scripted(NEWEST, keys, rows, last=(_CLOCK.pack(now_us),)))
+
+    def stream_newest(self, parts: Iterable[tuple[Sequence[bytes], Sequence[bytes]]], now_us: int = LATEST_US) -> int:
         """`write_newest` of one part (keys, rows) after another; while Redis works on one, the next is made."""
         if self.link.is_cluster:
-            return sum(self.write_newest(*part) for part in parts)
+            return sum(self.write_newest(*part, now_us) for part in parts)
         stored, calls = 0, list[tuple[Any, ...]]()
         sent: Sent | None = None
         try:
             for keys, rows in parts:
-                more = self._calls(NEWEST, keys, rows)
+                more = self._calls(NEWEST, keys, rows, last=(_CLOCK.pack(now_us),))
                 earlier, sent = sent, self.link.send(more)
                 if earlier is not None:
                     stored += sum(self._checked(NEWEST, calls, self.link.receive(earlier)))
@@ -76,7 +82,7 @@ class RedisOnlineStore:
     def swap(self, key: bytes, seen: bytes, new: bytes) -> bool:
         """Replace the value that was `seen` by `new`; False when another writer changed it."""
         digest = hashlib.sha1(seen).hexdigest().encode()
-        return bool(self._scripted(SWAP, [key], [digest, new], together=True)[0])
+        return bool(self._scripted(SWAP, [key], [new], (digest,))[0])
 
     def delete(self, keys: Sequence[bytes]) -> None:
         """Remove what is at `keys`."""
@@ -99,9 +105,9 @@ class RedisOnlineStore:
         keys: Sequence[bytes],
         values: Sequence[bytes],
         first: tuple[bytes, ...] = (),
-        together: bool = False,
+        last: tuple[bytes, ...] = (),
     ) -> list[Any]:
-        calls = self._calls(script, keys, values, first, together)
+        calls = self._calls(script, keys, values, first, last)
         if self.link.is_cluster:
             return [self._on_cluster(script, call) for call in calls]
         answers: list[Any] = []
@@ -116,15 +122,15 @@ class RedisOnlineStore:
         keys: Sequence[bytes],
         values: Sequence[bytes],
         first: tuple[bytes, ...] = (),
-        together: bool = False,
+        last: tuple[bytes, ...] = (),
     ) -> list[tuple[Any, ...]]:
-        """The commands that run `script` over the keys, a batch each; `together`: all values belong to one key."""
+        """The commands that run `script` over the keys, a batch each: `first`, the keys' values and `last` go along."""
         calls = []
         for batch in self._batches(keys):
             plain = len(keys) == len(batch)
             mine = keys if plain else [keys[place] for place in batch]
-            theirs = values if plain or together else [values[place] for place in batch]
-            calls.append((b"EVALSHA", _SHA[script], len(mine), *mine, *first, *theirs))
+            theirs = values if plain else [values[place] for place in batch]
+            calls.append((b"EVALSHA", _SHA[script], len(mine), *mine, *first, *theirs, *last))
         return calls
 
     def _checked(self, script: str, calls: list[tuple[Any, ...]], answers: list[Any]) -> list[Any]:

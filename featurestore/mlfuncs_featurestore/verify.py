@@ -79,8 +79,7 @@ def verify(
     """Compare what is online for every entity of `view` with the offline join at the same moment.
 
     `features` are names of the view's features (default: all but deprecated ones). Pushed rows that wait are committed
-    first. Equal means the same bits and the same status. A row whose time is up to a minute ahead of this clock is
-    online already (clocks differ), and differs until its time has come.
+    first. Equal means the same bits and the same status.
     """
     from mlfuncs_featurestore.push import flush
 

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlfuncs.settings import Settings
+from mlfuncs_featurestore.ahead import LIMIT, due_rows, rows_in
 from mlfuncs_featurestore.online_port import MemoryRows
 from mlfuncs_featurestore.redis_client import RedisLink
 from mlfuncs_featurestore.redis_embedded import stop_embedded
@@ -98,6 +99,39 @@ def test_a_part_that_cannot_be_made_leaves_those_before_it_and_the_store_usable(
         rows.stream_newest(parts())
     assert rows.write_newest([a], [row(2)]) == 1
     assert rows.read([a]) == [row(2)]
+
+
+moments = st.integers(-4, 12)
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(moments, st.integers(0, 1), st.integers(0, 2)), min_size=1, max_size=12))
+def test_a_row_ahead_of_the_clock_waits_beside_the_one_before_it(rows, writes):
+    (key,) = keys("ahead")
+    rows.delete([key])
+    now, written = 0, []
+    for number, (event, created, later) in enumerate(writes):
+        now += later
+        new = row(event, created, amount=float(number))
+        rows.write_newest([key], [new], now)
+        written.append((event, created, number, event > now, new))
+    for at in range(now, 14):
+        counts = [one for one in written if not one[3] or one[0] <= at]
+        wanted = max(counts, key=lambda one: one[:3])[4] if counts else None
+        assert due_rows(rows.read([key]), at) == [wanted]
+
+
+def test_of_too_many_rows_ahead_of_the_clock_the_oldest_count_at_once(rows):
+    (key,) = keys("crowd")
+    rows.delete([key])
+    for event in range(1, LIMIT + 3):
+        rows.write_newest([key], [row(event)], 0)
+    value = rows.read([key])[0]
+    assert len(rows_in(value)) == LIMIT and due_rows([value], 0) == [row(3)]
+    rows.write_newest([key], [row(50)], 60)
+    assert rows_in(rows.read([key])[0]) == [*map(row, range(LIMIT + 2, 59, -1))]
+    rows.write_newest([key], [row(100)], 100)
+    assert rows.read([key]) == [row(100)]
 
 
 def test_appends_of_many_writers_are_all_there(rows):
