@@ -199,7 +199,7 @@ def answered(title: str, status: int, retry_after_s: float = 1.0) -> MlfuncsErro
     return error_of(title, "no", {"status": status, "retry_after_s": retry_after_s})
 
 
-def drive(pump: Pump, holds: Callable[[], Any], timeout_s: float = 30.0) -> None:
+def drive(pump: Pump, holds: Callable[[], Any], timeout_s: float = 60.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not holds():
         assert time.monotonic() < deadline, pump.counts

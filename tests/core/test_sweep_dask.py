@@ -121,7 +121,8 @@ def slow(a: int, folder: str) -> float:
     import os, time
     print("at", a, flush=True)
     ml.log_metric("x", a)
-    open(f"{folder}/{a}.pid", "w").write(str(os.getpid()))
+    open(f"{folder}/{a}.pid~", "w").write(str(os.getpid()))
+    os.rename(f"{folder}/{a}.pid~", f"{folder}/{a}.pid")
     if a > 1:
         time.sleep(600)
     return 1.0
@@ -141,7 +142,7 @@ def test_ctrl_c_ends_the_points_on_the_cluster_and_marks_them(address: str, tmp_
         time.sleep(0.05)
     pids = [int((tmp_path / f"{n}.pid").read_text()) for n in (2, 3)]
     process.send_signal(signal.SIGINT)
-    _, shown = process.communicate(timeout=60)
+    _, shown = process.communicate(timeout=120)
     deadline = time.monotonic() + 60
     while any(Path(f"/proc/{pid}").exists() for pid in pids):
         assert time.monotonic() < deadline, "a point still runs on its worker"

@@ -285,8 +285,9 @@ def _start(tmp_path: Path, settings: Settings) -> tuple[subprocess.Popen[str], P
         text=True,
         env={**os.environ, **settings.to_environ()},
     )
-    _until((tmp_path / "started").exists)
-    return process, tmp_path / "started"
+    started = tmp_path / "started"
+    _until(lambda: started.exists() and started.read_text().endswith("\n"))
+    return process, started
 
 
 def _until(condition: Callable[[], bool]) -> None:
@@ -298,10 +299,9 @@ def _until(condition: Callable[[], bool]) -> None:
 
 def _is_gone(pid: int) -> bool:
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return Path(f"/proc/{pid}/stat").read_text().split(")")[-1].split()[0] in "ZX"
+    except OSError:
         return True
-    return Path(f"/proc/{pid}/stat").read_text().split(")")[-1].split()[0] == "Z"
 
 
 def test_a_killed_engine_leaves_a_run_that_resumes(settings: Settings, tmp_path: Path) -> None:
@@ -319,11 +319,12 @@ def test_a_killed_engine_leaves_a_run_that_resumes(settings: Settings, tmp_path:
 def test_ctrl_c_stops_the_steps_and_marks_the_run(settings: Settings, tmp_path: Path) -> None:
     process, started = _start(tmp_path, settings)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=30)
+    output, _ = process.communicate(timeout=120)
     body = json.loads(output)
     assert (process.returncode, body["status"], body["error"]) == (130, "cancelled", "interrupted")
     assert {step["id"]: step["status"] for step in body["steps"]} == {"touch": "succeeded", "wait-for": "cancelled"}
-    assert _is_gone(int(started.read_text().split()[0]))
+    step = int(started.read_text().split()[0])
+    _until(lambda: _is_gone(step))
     run_id = known_runs(runs_folder(settings))[0]
     assert body["run_id"] == run_id
     assert read_journal(runs_folder(settings) / run_id)[-1]["status"] == "cancelled"

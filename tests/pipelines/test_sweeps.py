@@ -128,7 +128,8 @@ import os, time, mlfuncs as ml
 def slow(a: int) -> float:
     print("at", a, flush=True)
     ml.log_metric("x", a)
-    open(f"{a}.pid", "w").write(str(os.getpid()))
+    open(f"{a}.pid~", "w").write(str(os.getpid()))
+    os.rename(f"{a}.pid~", f"{a}.pid")
     if a > 1:
         time.sleep(600)
     return 1.0
@@ -144,8 +145,9 @@ def test_ctrl_c_ends_the_points_and_marks_them(tmp_path: Path) -> None:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, shown = process.communicate(timeout=60)
+    _, shown = process.communicate(timeout=120)
     assert "KeyboardInterrupt" in shown
+    deadline = time.monotonic() + 60
     while any(Path("/proc", (tmp_path / f"{n}.pid").read_text()).exists() for n in (2, 3)):
         assert time.monotonic() < deadline, "a point still runs"
         time.sleep(0.05)

@@ -35,7 +35,7 @@ def live(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def post(url: str, body: Any, **headers: str) -> Any:
     named = {"Content-Type": "application/json", **{name.replace("_", "-"): value for name, value in headers.items()}}
     request = urllib.request.Request(url, json.dumps(body).encode(), named)
-    with urllib.request.urlopen(request, timeout=30) as answer:
+    with urllib.request.urlopen(request, timeout=120) as answer:
         return json.load(answer)
 
 
@@ -110,10 +110,10 @@ def test_a_chain_of_endpoints_passes_trace_and_deadline_on(live: None) -> None:
 
     deploy(inner, name="inner")
     deploy(middle, name="middle")
-    place = deploy(outer, name="outer", timeout_s=20)
+    place = deploy(outer, name="outer", timeout_s=50)
     given = f"00-{TRACE}-b7ad6b7169203331-01"
-    seen = post(place.url, {"x": 1}, traceparent=given, X_Request_Id="mine", X_Mlfuncs_Timeout_Ms="5000")
-    assert seen["x"] == 3 and seen["id"] == "mine" and 0 < seen["left_s"] < 5
+    seen = post(place.url, {"x": 1}, traceparent=given, X_Request_Id="mine", X_Mlfuncs_Timeout_Ms="30000")
+    assert seen["x"] == 3 and seen["id"] == "mine" and 0 < seen["left_s"] < 30
     version, trace, span, flags = seen["trace"].split("-")
     assert (version, trace, flags) == ("00", TRACE, "01") and span != "b7ad6b7169203331"
 
@@ -123,7 +123,7 @@ def test_a_nuclio_handler_calls_another_function_with_trace_and_deadline(live: N
         import time
 
         if event.path == "/slow":
-            time.sleep(30)
+            time.sleep(600)
         wanted = ("traceparent", "X-Mlfuncs-Timeout-Ms", "X-Request-Id", "X-Mine", "Content-Type")
         found = {name.lower(): event.headers.get(name) for name in wanted}
         return {**found, "body": event.body, "path": event.path, "method": event.method}
@@ -136,12 +136,12 @@ def test_a_nuclio_handler_calls_another_function_with_trace_and_deadline(live: N
         return context.Response(body=answer.body, status_code=answer.status_code, content_type="application/json")
 
     deploy(back, name="back")
-    place = deploy(front, name="front", timeout_s=3)
+    place = deploy(front, name="front", timeout_s=8)
     given = f"00-{TRACE}-b7ad6b7169203331-01"
     seen = post(f"{place.url}/way", {"a": 1}, traceparent=given, X_Mine="kept", X_Request_Id="mine")
     assert (seen["body"], seen["path"], seen["method"], seen["x-mine"]) == ({"a": 1}, "/way", "POST", "kept")
     assert seen["traceparent"].split("-")[1] == TRACE and seen["traceparent"] != given
-    assert 0 < float(seen["x-mlfuncs-timeout-ms"]) <= 3000 and seen["x-request-id"] == "mine"
+    assert 0 < float(seen["x-mlfuncs-timeout-ms"]) <= 8000 and seen["x-request-id"] == "mine"
     assert seen["content-type"] == "application/json"
     with pytest.raises(urllib.error.HTTPError) as late:
         post(f"{place.url}/slow", {})

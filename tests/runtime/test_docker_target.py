@@ -97,7 +97,7 @@ def own_containers(engine):
     return engine.containers({HOME_LABEL: home_mark(read_settings())})
 
 
-def until(holds, timeout_s=30.0):
+def until(holds, timeout_s=90.0):
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if holds():
@@ -178,7 +178,7 @@ def test_a_container_ends_with_its_process_and_is_replaced(functions, engine):
     (before,) = own_containers(engine)
     os.kill(endpoint.status().replicas[0].pid, 9)
     assert until(lambda: before["Id"] not in [c["Id"] for c in own_containers(engine)])
-    assert endpoint.invoke(timeout_s=30) == "10001"
+    assert endpoint.invoke(timeout_s=120) == "10001"
 
 
 def test_want_of_memory_is_named(functions, engine):
@@ -186,7 +186,7 @@ def test_want_of_memory_is_named(functions, engine):
     with pytest.raises(ml.MlfuncsError):
         endpoint.invoke(ask="memory", timeout_s=20)
     assert until(lambda: "raise resources.memory" in str(endpoint.logs())), str(endpoint.logs())
-    assert endpoint.invoke(timeout_s=30) == "10001"
+    assert endpoint.invoke(timeout_s=120) == "10001"
 
 
 def test_what_cannot_load_fails_the_deploy_and_the_old_revision_serves(functions, engine, tmp_path):

@@ -121,7 +121,7 @@ def post(url: str, values: Any, **headers: str) -> tuple[int, Any]:
     named = {"Content-Type": "application/json", **headers}
     request = urllib.request.Request(url, json.dumps(values).encode(), named)
     try:
-        with urllib.request.urlopen(request, timeout=30) as answer:
+        with urllib.request.urlopen(request, timeout=120) as answer:
             return answer.status, json.load(answer)
     except urllib.error.HTTPError as exc:
         return exc.code, json.load(exc)

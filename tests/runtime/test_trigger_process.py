@@ -98,7 +98,7 @@ def metrics(url: str) -> dict[str, float]:
 
 def run_command(*arguments: str) -> str:
     command = [sys.executable, "-m", "mlfuncs", *arguments]
-    return subprocess.run(command, text=True, check=True, capture_output=True, timeout=60).stdout
+    return subprocess.run(command, text=True, check=True, capture_output=True, timeout=120).stdout
 
 
 def test_a_killed_trigger_process_loses_no_message_and_poison_goes_aside(
@@ -106,12 +106,14 @@ def test_a_killed_trigger_process_loses_no_message_and_poison_goes_aside(
 ) -> None:
     out = str(live.parent / "out.txt")
 
-    def score(number: int, wait_s: float = 0.0) -> int:
+    def score(number: int, hold: str = "") -> int:
+        import os
         import time
 
         with open(out, "a") as file:
             file.write(f"begin {number}\n")
-        time.sleep(wait_s)
+        while hold and not os.path.exists(hold):
+            time.sleep(0.05)
         if number < 0:
             raise ValueError("poison")
         with open(out, "a") as file:
@@ -122,11 +124,12 @@ def test_a_killed_trigger_process_loses_no_message_and_poison_goes_aside(
     place = ml.function(name="score", triggers=triggers)(score).deploy(scale=ml.Scale(min=1, concurrency=4))
     place.create_token()  # the trigger process is let in all the same
     client = redis.Redis.from_url(redis_url)
-    client.xadd("orders", {"number": 0, "wait_s": 3})
+    client.xadd("orders", {"number": 0, "hold": f"{out}.go"})
     wait_until(lambda: "begin 0" in lines(Path(out)), "the first call")
     first = trigger_pid()
     assert first is not None
     os.kill(first, signal.SIGKILL)
+    Path(f"{out}.go").touch()
     for number in range(1, 41):
         client.xadd("orders", {"number": number} if number % 2 else {"body": json.dumps({"number": number})})
     client.xadd("orders", {"number": -1})
@@ -146,7 +149,7 @@ def test_a_killed_trigger_process_loses_no_message_and_poison_goes_aside(
     assert samples["up"] == 1.0 and samples["dead_lettered_total"] == 2.0
     assert samples["delivered_total"] == told["served"] >= 40 and samples["failed_calls_total"] >= 3.0
     assert samples["retries_total"] == told["retried"] >= 1
-    assert abs(samples["last_delivery_timestamp_seconds"] - time.time()) < 60
+    assert abs(samples["last_delivery_timestamp_seconds"] - time.time()) < 300
     wait_until(lambda: metrics(place.url).get("waiting_messages") == 0.0, "the lag, which is looked at now and then")
     shown = run_command("status")
     assert "score < redis-stream orders (score): running" in shown and "0 waiting, 0 in flight, 2 put aside" in shown

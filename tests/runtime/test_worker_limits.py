@@ -106,7 +106,7 @@ def test_the_supervisor_says_that_a_worker_was_killed_for_memory(
         workers = Workers(books, Zygotes(books), no_drain)
         workers.adopt({**seen, "socket": str(tmp_path / "s"), "process": process.to_dict()})
         process.send(signal.SIGKILL)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await changed.wait()
         process.close()
         return books.failures["e", "rev-1"].reason

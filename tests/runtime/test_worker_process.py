@@ -52,7 +52,7 @@ class Worker:
         command = [sys.executable, "-m", "mlfuncs_runtime.worker.process", "--config", str(path)]
         self.process = subprocess.Popen(command, env=environ, cwd=folder, stderr=subprocess.PIPE, text=True)
 
-    def wait_ready(self, timeout_s: float = 30) -> Worker:
+    def wait_ready(self, timeout_s: float = 60) -> Worker:
         wait_for(lambda: self.process.poll() is not None or self.status("/-/ready") == 200, timeout_s)
         assert self.process.poll() is None, self.log()
         return self

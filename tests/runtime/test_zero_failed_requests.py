@@ -88,7 +88,7 @@ class Load:
                 reader, writer = await asyncio.open_connection(self._host, self._port)
                 while not self._ending.is_set():
                     writer.write(self._request)
-                    async with asyncio.timeout(30):
+                    async with asyncio.timeout(120):
                         await self._answer(reader)
                     await asyncio.sleep(0.001)  # leaves some of two cores to what is tested
                 writer.close()
@@ -150,7 +150,7 @@ def pids(name: str) -> list[int]:
 
 def kill_and_wait(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: pid not in running(), f"{pid} to end", 10)
+    wait_until(lambda: pid not in running(), f"{pid} to end")
 
 
 def running() -> set[int]:
@@ -262,7 +262,7 @@ def test_from_zero_and_back(shared: Path):
     assert served.invoke(x=1) == 6
     took_s = time.perf_counter() - started
     print(f"from zero in {took_s * 1000:.0f} ms", file=sys.stderr)
-    assert took_s < 5.0  # 20 ms on an idle machine
+    assert took_s < 30.0  # 20 ms on an idle machine
     with Load(served.url) as again:
         again.wait_for(100)
     assert load.failed == again.failed == {}
