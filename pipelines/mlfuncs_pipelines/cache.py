@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import functools
 import hashlib
@@ -39,6 +40,7 @@ class StepCache:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._locks: set[int] = set()
 
     def get(self, key: Key) -> Values | None:
         """The outputs stored for `key`, when every artifact among them is still there and unchanged."""
@@ -48,8 +50,8 @@ class StepCache:
         remember_digests(entry["digests"])
         return from_json(entry["outputs"])
 
-    def put(self, key: Key, outputs: Values, origin: Mapping[str, str]) -> None:
-        """Store `outputs`; `origin` names the pipeline, run and step they came from."""
+    def put(self, key: Key, outputs: Values, origin: Mapping[str, str], journal: str = "") -> None:
+        """Store `outputs`; `origin` names the pipeline, run and step they came from, `journal` what it logged."""
         body = {
             "outputs": to_json(outputs),
             "stamps": stamps_of(outputs),
@@ -57,11 +59,16 @@ class StepCache:
             "parts": dict(key.parts),
             "origin": dict(origin),
         }
+        self._keep_journal(key, journal)
         _write(self._entry(key), body)
         _write(self._last(origin["pipeline"], origin["step"]), {"parts": dict(key.parts), "digest": key.digest})
 
+    def journal(self, key: Key) -> Path:
+        """The file of what the stored step logged, metrics above all; there is none when it logged nothing."""
+        return self._entry(key).with_suffix(".journal.jsonl")
+
     def lock(self, key: Key) -> int | None:
-        """A lock on `key` as a file descriptor to close, or None while another step holds it."""
+        """A lock on `key`, to be released, or None while another step holds it."""
         path = self._entry(key).with_suffix(".lock")
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -70,7 +77,14 @@ class StepCache:
         except BlockingIOError:
             os.close(descriptor)
             return None
+        self._locks.add(descriptor)
         return descriptor
+
+    def release(self, lock: int | None = None) -> None:
+        """Give a lock back; without one, all that are held here."""
+        for descriptor in [lock] if lock is not None else list(self._locks):
+            self._locks.discard(descriptor)
+            os.close(descriptor)
 
     def explain(self, key: Key, pipeline: str, step: str) -> str:
         """Why the step hits or misses: "hit", or what differs from the last time it ran."""
@@ -86,6 +100,19 @@ class StepCache:
         if not changed:
             return "miss: the stored entry was deleted"
         return f"miss: changed since the last run: {', '.join(changed)}"
+
+    def _keep_journal(self, key: Key, journal: str) -> None:
+        """Have the journal under the entry's name as well, so that it stays when the run is deleted."""
+        kept = self.journal(key)
+        if os.path.isfile(journal):
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            temporary = f"{kept}.{os.getpid()}.tmp"
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+            os.link(journal, temporary)
+            os.replace(temporary, kept)
+        else:
+            kept.unlink(missing_ok=True)
 
     def _entry(self, key: Key) -> Path:
         return self._folder / key.digest[:2] / f"{key.digest}.json"

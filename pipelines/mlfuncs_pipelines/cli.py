@@ -18,7 +18,7 @@ from mlfuncs_pipelines.ir import Pipeline
 from mlfuncs_pipelines.run_log import PipelineRun
 
 if TYPE_CHECKING:
-    from mlfuncs_pipelines.engine import Observer
+    from mlfuncs_pipelines.observer import Observer
 
 
 @click.group()
@@ -53,19 +53,24 @@ def validate(file: Path, as_json: bool) -> None:
 @click.option("--cache/--no-cache", default=True, help="Use the results of equal steps that ran before.")
 @click.option("--ignore", multiple=True, metavar="INPUT", help="An input that does not count for the cache.")
 @click.option("--containers", type=click.Choice(["docker", "process"]), default="docker", show_default=True)
+@click.option("--resume", default="", metavar="RUN", help="Go on with this run, but with TARGET as it is now.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object; logs go to standard error.")
-def run(target: str, params: tuple[str, ...], as_json: bool, **options: Any) -> None:
+def run(target: str, params: tuple[str, ...], as_json: bool, resume: str, **options: Any) -> None:
     """Run a pipeline on this machine; the exit code is 0 only when it succeeded.
 
     TARGET is a compiled file (any kfp v2 IR) or FILE.py:NAME.
     """
-    from mlfuncs_pipelines.runner import run_pipeline
+    from mlfuncs_pipelines.runner import check_same, resume_run, run_pipeline
 
     def execute(observers: list[Observer]) -> PipelineRun:
         with only_json(as_json):
             loaded = load_ir(target)
-        values = parse_params(params, loaded)
-        return run_pipeline(loaded, values, read_settings(), _options(options), observers)
+        values, settings = parse_params(params, loaded), read_settings()
+        if not resume:
+            return run_pipeline(loaded, values, settings, _options(options), observers)
+        check_same(resume, loaded, values, settings)
+        observers = [_says(f"{resume} goes on with {target} as it is now; steps that it changes run again"), *observers]
+        return resume_run(resume, settings, _options(options), observers, loaded)
 
     _report(execute, as_json)
 
@@ -129,10 +134,12 @@ def debug(run_id: str, step: str) -> None:
 @click.option("--containers", type=click.Choice(["docker", "process"]), default="docker", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object; logs go to standard error.")
 def resume(run_id: str, as_json: bool, **options: Any) -> None:
-    """Go on with a run that failed or was killed, at the step where it stopped."""
+    """Go on with a run that failed or was killed, at the step where it stopped, with the code that it began with."""
     from mlfuncs_pipelines.runner import resume_run
 
-    _report(lambda observers: resume_run(run_id, read_settings(), _options(options), observers), as_json)
+    present = f"mlfuncs pipeline run FILE.py:NAME --resume {run_id}"
+    first = _says(f"{run_id} goes on with the code that it began with; with the present code: {present}")
+    _report(lambda others: resume_run(run_id, read_settings(), _options(options), [first, *others]), as_json)
 
 
 def load_ir(target: str) -> Pipeline:
@@ -176,6 +183,17 @@ def _options(options: dict[str, Any]) -> Any:
         ignore=frozenset(options["ignore"]),
         containers=options["containers"],
     )
+
+
+def _says(text: str) -> Observer:
+    """An observer that prints `text` once it is sure that the run begins."""
+    from mlfuncs_pipelines.observer import Observer
+
+    class Says(Observer):
+        def run_started(self, run: PipelineRun) -> None:
+            click.echo(text, err=True)
+
+    return Says()
 
 
 def _observer(as_json: bool) -> Any:

@@ -6,12 +6,8 @@ The control flow is `graph.Scheduler`'s. This module owns what that one must not
 from __future__ import annotations
 
 import functools
-import heapq
-import itertools
 import os
-import sys
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +20,8 @@ from mlfuncs_pipelines.graph import Instruction, NodeEnded, RunEnded, RunStep, S
 from mlfuncs_pipelines.importer import run_importer
 from mlfuncs_pipelines.inputs import Values
 from mlfuncs_pipelines.ir import Pipeline
+from mlfuncs_pipelines.messages import Exit
+from mlfuncs_pipelines.observer import Observer
 from mlfuncs_pipelines.preflight import Plan
 from mlfuncs_pipelines.processes import Processes, Running, failure
 from mlfuncs_pipelines.run_log import (
@@ -36,45 +34,32 @@ from mlfuncs_pipelines.run_log import (
     step_run_id,
     to_json,
 )
+from mlfuncs_pipelines.step_queue import StepQueue
 from mlfuncs_pipelines.steps import (
     Prepared,
     cache_key,
-    code_versions,
+    identity,
     make_folder,
     make_request,
     place_request,
     prepare_step,
 )
-from mlfuncs_pipelines.workers import Exit, WorkerPool
+from mlfuncs_pipelines.switching import quick_switching
+from mlfuncs_pipelines.worker_pool import WorkerPool
 
-_SWITCH_S = 0.0005  # the thread that keeps the rows must not hold up the next step
 _TICK_S = 0.1  # how often logs are looked at while steps run
 _LOCK_POLL_S = 0.05  # how often a step asks whether the same step elsewhere is done
 
 
-class Observer:
-    """What is told about a run while it goes on. Every method may be left as it is."""
-
-    def run_started(self, run: PipelineRun) -> None:
-        """The run begins."""
-
-    def step_changed(self, run: PipelineRun, record: StepRecord) -> None:
-        """A step or group started or ended."""
-
-    def attempt_failed(self, run: PipelineRun, record: StepRecord) -> None:
-        """An attempt of a step failed, and the step will be tried again."""
-
-    def step_logged(self, record: StepRecord, text: str) -> None:
-        """A step printed `text` (whole lines)."""
-
-    def run_ended(self, run: PipelineRun) -> None:
-        """The run is over."""
+__all__ = ["Engine", "Observer", "Options"]
 
 
 @dataclass(frozen=True)
 class Options:
     """How to run: `parallel` steps at once, cached results used or not, containers by "docker" or "process".
 
+    `resume` keeps the steps that ended well when the run's journal was written; with `changed`, because the pipeline
+    is not the one of then, only those whose code and inputs are as they were.
     Raises SpecError for a value that none of them takes.
     """
 
@@ -83,6 +68,7 @@ class Options:
     ignore: frozenset[str] = frozenset()  # inputs that do not count for the cache
     containers: str = "docker"
     resume: bool = False
+    changed: bool = False
 
     def __post_init__(self) -> None:
         if self.parallel is not None and (type(self.parallel) is not int or self.parallel < 1):
@@ -114,9 +100,7 @@ class Engine:
     def __post_init__(self) -> None:
         self._scheduler = Scheduler(self.pipeline, self.run.params, self.constants)
         self._cache = StepCache(self.settings.home / "pipelines" / "cache")
-        self._ready: deque[Step] = deque()
-        self._delayed: list[tuple[float, int, Step]] = []
-        self._order = itertools.count()
+        self._queue = StepQueue()
         self._blocked: list[tuple[Prepared, Key]] = []
         self._finished = finished_steps(self.run.folder) if self.options.resume else {}
         self._log = RunLog(self.run.folder)
@@ -127,38 +111,31 @@ class Engine:
 
     def execute(self) -> PipelineRun:
         """Run to the end and return the run. KeyboardInterrupt ends the steps, marks the run cancelled, and goes on."""
-        self._log.append("run", pipeline=self.pipeline.name, params=dict(self.run.params), pid=os.getpid())
-        self._tell("run_started", self.run)
-        switching_s = sys.getswitchinterval()
-        sys.setswitchinterval(_SWITCH_S)
         try:
-            self._obey(self._scheduler.start())
-            while not self._over:
-                self._start_ready()
-                if not self._over:
-                    self._wait()
+            self._log.append("run", pipeline=self.pipeline.name, params=dict(self.run.params), pid=os.getpid())
+            self._tell("run_started", self.run)
+            with quick_switching():
+                self._obey(self._scheduler.start())
+                while not self._over:
+                    self._start_ready()
+                    if not self._over:
+                        self._wait()
         except BaseException as exc:
             self._stop(exc)
             raise
         finally:
-            sys.setswitchinterval(switching_s)
+            self._cache.release()  # what a stopped run held: the same step may run again in this process
             self._log.close()
         return self.run
 
     def _obey(self, instructions: list[Instruction]) -> None:
         for instruction in instructions:
             if isinstance(instruction, RunStep):
-                self._enqueue(instruction.step)
+                self._queue.add(instruction.step, time.monotonic())
             elif isinstance(instruction, NodeEnded):
                 self._note_end(instruction)
             else:
                 self._finish(instruction)
-
-    def _enqueue(self, step: Step) -> None:
-        if step.delay_s > 0:
-            heapq.heappush(self._delayed, (time.monotonic() + step.delay_s, next(self._order), step))
-        else:
-            self._ready.append(step)
 
     def _note_end(self, ended: NodeEnded) -> None:
         record = self.run.steps.get(ended.id)
@@ -179,31 +156,32 @@ class Engine:
         self._tell("run_ended", self.run)
 
     def _start_ready(self) -> None:
-        now = time.monotonic()
-        while self._delayed and self._delayed[0][0] <= now:
-            self._ready.append(heapq.heappop(self._delayed)[2])
         blocked, self._blocked = self._blocked, []
         for prepared, key in blocked:
             self._start_cached(prepared, key)
-        while self._ready and len(self._processes.running) < self.options.slots and not self._over:
-            self._begin(self._ready.popleft())
+        while len(self._processes.running) < self.options.slots and not self._over:
+            step = self._queue.next(time.monotonic())
+            if step is None:
+                break
+            self._begin(step)
 
     def _begin(self, step: Step) -> None:
         """Answer the step from the journal or the cache, or start its process."""
         prepared = prepare_step(step, self.plans[step.component.executor], self.run.folder / "steps", self.constants)
         record = StepRecord(step.id, step.task.name, "running", attempt=step.attempt, inputs=prepared.inputs)
         record.started, record.log = time.time(), str(prepared.log)
+        record.journal, record.identity = f"{prepared.folder}/journal.jsonl", identity(prepared)
         record.resources = prepared.plan.spec.get("resources", {})
         self.run.steps[step.id] = record
         done = self._finished.get(step.id)
-        if done and are_intact(done["stamps"]):
+        if done and self._holds(done, record):
             record.resumed = True
             self._succeed(record, from_json(done["outputs"]))
         elif prepared.plan.kind == "importer":
             self._import(prepared, record)
         else:
             key = cache_key(prepared) if self.options.cache else None
-            record.versions = code_versions(prepared)
+            record.versions = prepared.plan.versions
             if key is None:
                 self._spawn(prepared, record, None, None)
             else:
@@ -211,6 +189,11 @@ class Engine:
                 key = Key({name: part for name, part in key.parts.items() if name not in ignored})
                 record.cache_parts = key.parts
                 self._start_cached(prepared, key)
+
+    def _holds(self, done: Mapping[str, Any], record: StepRecord) -> bool:
+        """Whether the end of a step that the journal tells of is that of this step, its results still there."""
+        same = not self.options.changed or done.get("identity") == record.identity
+        return same and are_intact(done["stamps"])
 
     def _import(self, prepared: Prepared, record: StepRecord) -> None:
         try:
@@ -233,18 +216,18 @@ class Engine:
             record.cache_note = self._cache.explain(key, self.pipeline.name, record.id)
             self._spawn(prepared, record, key, lock)
         else:
-            os.close(lock)
+            self._cache.release(lock)
             record.cached, record.cache_note = True, "hit"
+            record.journal = str(self._cache.journal(key))  # what the step logged when it ran
             self._succeed(record, outputs)
 
     def _spawn(self, prepared: Prepared, record: StepRecord, key: Key | None, lock: int | None) -> None:
         make_folder(prepared)
-        track = {"run_id": step_run_id(self.run.id, record), "journal": str(prepared.folder / "journal.jsonl")}
+        track = {"run_id": step_run_id(self.run.id, record), "journal": record.journal}
         body = make_request(prepared, self.options.containers, self.run.folder, track)
         body["digests"] = self.options.cache
         request = place_request(prepared, body, self._environ)
-        given = {} if request.body is None else {"request": request.body}
-        self._log.append("started", id=record.id, attempt=record.attempt, folder=str(prepared.folder), **given)
+        self._log.append_started(record, str(prepared.folder), request.text)
         self._processes.start(prepared, record, request, (key, lock))
         self._tell("step_changed", self.run, record)
 
@@ -253,8 +236,9 @@ class Engine:
         timeout = _TICK_S if self._processes.running else 1.0
         if self._blocked:
             timeout = _LOCK_POLL_S
-        if self._delayed:
-            timeout = min(timeout, max(0.0, self._delayed[0][0] - time.monotonic()))
+        due_in = self._queue.due_in(time.monotonic())
+        if due_in is not None:
+            timeout = min(timeout, due_in)
         for running, ended in self._processes.wait(timeout):
             self._take(running, ended)
 
@@ -265,15 +249,17 @@ class Engine:
         outputs = Values()
         if not reason:
             try:
-                outputs = read_outputs(step.component, running.prepared.executor_input, ended.output)
+                outputs = read_outputs(
+                    step.component, running.prepared.executor_input, ended.output, running.prepared.plan.step is None
+                )
             except (InvalidInput, ArtifactError) as exc:
                 reason = f"{type(exc).__name__}: {exc}"
         remember_digests(ended.digests)
         if not reason and running.key is not None:
             origin = {"pipeline": self.pipeline.name, "run": self.run.id, "step": record.id}
-            self._cache.put(running.key, outputs, origin)
+            self._cache.put(running.key, outputs, origin, record.journal)
         if running.lock is not None:
-            os.close(running.lock)
+            self._cache.release(running.lock)
         if reason:
             self._fail(record, reason)
         else:
@@ -281,7 +267,8 @@ class Engine:
 
     def _succeed(self, record: StepRecord, outputs: Values) -> None:
         record.outputs = outputs
-        self._journal(record, "succeeded", outputs=to_json(outputs), stamps=stamps_of(outputs))
+        kept = {"outputs": to_json(outputs), "stamps": stamps_of(outputs), "identity": record.identity}
+        self._journal(record, "succeeded", **kept)
         self._obey(self._scheduler.succeed(record.id, outputs))
 
     def _fail(self, record: StepRecord, reason: str) -> None:

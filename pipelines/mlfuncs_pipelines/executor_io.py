@@ -18,13 +18,14 @@ from mlfuncs_pipelines.values import coerce
 
 def executor_input(component: Component, inputs: Values, folder: Path) -> dict[str, Any]:
     """kfp's ExecutorInput as camelCase JSON; outputs go to files below `folder`."""
+    place = f"{folder}{os.sep}"
     return {
         "inputs": {
             "parameterValues": dict(inputs.parameters),
             "artifacts": {name: {"artifacts": artifacts} for name, artifacts in inputs.artifacts.items()},
         },
         "outputs": {
-            "parameters": {name: {"outputFile": str(folder / name)} for name in component.output_parameters},
+            "parameters": {name: {"outputFile": place + name} for name in component.output_parameters},
             "artifacts": {
                 name: {
                     "artifacts": [
@@ -34,28 +35,33 @@ def executor_input(component: Component, inputs: Values, folder: Path) -> dict[s
                                 "schemaTitle": declared.schema_title,
                                 "schemaVersion": declared.schema_version,
                             },
-                            "uri": str(folder / name),
+                            "uri": place + name,
                             "metadata": {},
                         }
                     ]
                 }
                 for name, declared in component.output_artifacts.items()
             },
-            "outputFile": str(folder / "executor_output.json"),
+            "outputFile": place + "executor_output.json",
         },
     }
 
 
-def read_outputs(component: Component, given: Mapping[str, Any], reported: Mapping[str, Any] | None = None) -> Values:
+def read_outputs(
+    component: Component, given: Mapping[str, Any], reported: Mapping[str, Any] | None = None, complete: bool = False
+) -> Values:
     """What the step wrote, or `reported` to the engine, typed as declared.
 
-    Raises InvalidInput or ArtifactError for what cannot be read.
+    Raises InvalidInput or ArtifactError for what cannot be read, and with `complete` for a parameter that is not there.
     """
     written = reported if reported is not None else _read_json(Path(given["outputs"]["outputFile"]))
     parameters = dict(written.get("parameterValues", {}))
     for name, place in given["outputs"]["parameters"].items() if reported is None else ():
         if os.path.isfile(place["outputFile"]):
             parameters[name] = _read_parameter(Path(place["outputFile"]), component.output_parameters[name].type, name)
+    missing = [name for name in component.output_parameters if name not in parameters]
+    if missing and complete:  # Kubeflow fails such a step as well
+        raise ArtifactError(f"the step ended without a value for its output {', '.join(missing)}")
     typed = {
         name: coerce(value, component.output_parameters[name].type, f"output {name}")
         for name, value in parameters.items()

@@ -49,7 +49,8 @@ class LineageObserver(Observer):
         name = f"{run.pipeline}.{record.id}"
         event = self._event(_EVENTS[record.status], name, _uuid(f"{run.id}/{record.id}/{record.attempt}"))
         event["run"]["facets"] = {"parent": self._parent}
-        event["inputs"] = [*_datasets(record.inputs), *self._tables(record)]
+        tables = self._tables(record) if record.journal and record.status != "running" else []
+        event["inputs"] = [*_datasets(record.inputs), *tables]
         event["outputs"] = _datasets(record.outputs)
         self._write(event)
 
@@ -75,7 +76,7 @@ class LineageObserver(Observer):
     def _tables(self, record: StepRecord) -> list[dict[str, Any]]:
         """The feature tables that the step read, with their versions."""
         batch = Batch()
-        for entries, _ in read_entries(Path(record.log).parent / "journal.jsonl"):
+        for entries, _ in read_entries(Path(record.journal)):
             batch.add(entries)
         facet = {"_producer": _PRODUCER, "_schemaURL": f"{_FACETS}/1-0-1/DatasetVersionDatasetFacet.json"}
         return [

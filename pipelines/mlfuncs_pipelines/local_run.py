@@ -110,7 +110,7 @@ class LocalRun:
 
 
 def run_here(pipeline: Pipeline, params: Mapping[str, Any], options: Options, resume: str = "") -> LocalRun:
-    """Run a pipeline, or go on with the run `resume`. Raises RunFailed, with what to do next, when it fails.
+    """Run a pipeline, or go on with the run `resume` with the present code. Raises RunFailed when it fails.
 
     Raises Conflict when `resume` is a run of another pipeline, was given other parameters than `params`, or runs.
     """
@@ -121,7 +121,7 @@ def run_here(pipeline: Pipeline, params: Mapping[str, Any], options: Options, re
     observers = observers_here(compiled)
     if resume:
         check_same(resume, compiled, params, settings)
-        run = resume_run(resume, settings, options, observers)
+        run = resume_run(resume, settings, options, observers, compiled)
     else:
         run = run_pipeline(compiled, params, settings, options, observers)
     if run.status != "succeeded":
@@ -139,7 +139,8 @@ def failure_text(run: PipelineRun) -> str:
         f"pipeline run {run.id} failed at step {failed.id}: {failed.reason}\n{failed.traceback}"
         f"inputs: {given}\nlog: {failed.log}\n"
         f"rerun the step under a debugger: mlfuncs pipeline debug {run.id} {failed.id}\n"
-        f"go on from here: mlfuncs pipeline resume {run.id}"
+        f"go on from here: mlfuncs pipeline resume {run.id}, or, once the code is mended, "
+        f"{run.pipeline}.run(resume={run.id!r})"
     )
 
 

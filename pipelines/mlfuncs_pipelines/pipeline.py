@@ -105,7 +105,8 @@ class Pipeline:
         """Run on this machine and return the finished run.
 
         `parallel` steps at once; results of equal steps are reused unless `cache` is False, inputs named in `ignore`
-        do not count for that; `resume` is the id of an earlier run of this pipeline to go on with, parameters and all.
+        do not count for that; `resume` is the id of an earlier run of this pipeline to go on with, parameters and all:
+        steps that failed or have changed since run, the others keep their results.
         Raises RunFailed when a step fails, SpecError for an option that cannot be, Conflict for a run to resume that
         still runs or was given other parameters.
         """

@@ -20,14 +20,15 @@ from typing import Any, Literal
 from mlfuncs.errors import MlfuncsError, NotFound
 from mlfuncs.settings import Settings
 from mlfuncs.spec import FunctionSpec
+from mlfuncs_pipelines.cache import digest_of
 from mlfuncs_pipelines.importer import missing_imports
 from mlfuncs_pipelines.ir import Pipeline
 from mlfuncs_pipelines.ir_shape import Problem
 from mlfuncs_pipelines.lightweight import Lightweight, OurStep, recognise, recognise_step
+from mlfuncs_pipelines.messages import Preload
 from mlfuncs_pipelines.pod_settings import PodSettings, pod_settings
 from mlfuncs_pipelines.validate import InvalidPipeline
 from mlfuncs_pipelines.venvs import environment_digest, python_for
-from mlfuncs_pipelines.workers import Preload
 
 Kind = Literal["kfp", "step", "container", "importer"]
 _DOCKER_TIMEOUT_S = 10
@@ -60,6 +61,14 @@ class Plan:
     timeout_s: float | None = None
     step: OurStep | None = None
     pod: PodSettings = field(default_factory=PodSettings)
+
+    @functools.cached_property
+    def versions(self) -> Mapping[str, str]:
+        """The digests of the step's code and of its environment."""
+        return {
+            "code": digest_of(self.code_digest),
+            "environment": digest_of([self.environment_digest, dict(self.env)]),
+        }
 
 
 def prepare(

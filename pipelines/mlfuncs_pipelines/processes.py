@@ -9,15 +9,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlfuncs_pipelines.cache import Key
+from mlfuncs_pipelines.messages import Exit, Preload, Request
 from mlfuncs_pipelines.run_log import StepRecord
 from mlfuncs_pipelines.steps import Prepared, container_name
-from mlfuncs_pipelines.workers import Exit, Preload, Request, Worker, WorkerPool
+from mlfuncs_pipelines.worker_pool import WorkerPool
+from mlfuncs_pipelines.workers import Worker
 
 _KILL_AFTER_S = 5.0  # between SIGTERM and SIGKILL when a run is stopped
 _COMMAND = Preload(sys.executable)  # a zygote that imports nothing, for commands
@@ -45,7 +47,7 @@ class Processes:
         self.running: dict[str, Running] = {}
         self._pool, self._logged = pool, logged
         self._poll = select.poll()
-        self._sockets: dict[int, Worker] = {}
+        self._workers: dict[int, Worker] = {}
 
     def start(
         self, prepared: Prepared, record: StepRecord, request: Request, held: tuple[Key | None, int | None]
@@ -63,53 +65,60 @@ class Processes:
         """The steps that ended, once one did or `timeout_s` is over; those that take too long are killed."""
         ended: list[tuple[Running, Exit]] = []
         for descriptor, _ in self._poll.poll(timeout_s * 1000):
-            worker = self._sockets.get(descriptor)
-            if worker is None:  # idle, and let go while this loop moved steps to other workers
+            worker = self._workers.get(descriptor)
+            if worker is None or worker.is_closed:  # idle, and let go while this loop moved steps to other workers
                 continue
-            for end in worker.receive():
-                running = self.running.pop(end.step_id)
-                self._measure(running, end)
-                ended.append((running, end))
+            self._take(worker.receive(), ended)
             self._move_on(worker)
-            if worker.is_idle and _has_hung_up(worker):
+            if worker.is_idle and worker.is_lost:
                 self._forget(descriptor)
                 worker.close()
         now = time.monotonic()
-        for running in self.running.values():
+        for running in list(self.running.values()):
             self._follow(running)
             if now > running.deadline and not running.timed_out:
                 running.timed_out = True
-                running.worker.kill(running.record.id, signal.SIGKILL)
+                self._take(running.worker.kill(running.record.id, signal.SIGKILL), ended)
         return ended
 
     def stop(self, containers: str) -> None:
         """End every step: SIGTERM first, SIGKILL for those that do not heed it."""
-        for running in self.running.values():
-            running.worker.kill(running.record.id, signal.SIGTERM)
+        ended: list[tuple[Running, Exit]] = []
+        for running in list(self.running.values()):
+            self._take(running.worker.kill(running.record.id, signal.SIGTERM), ended)
             if running.prepared.plan.kind == "container" and containers == "docker":
                 subprocess.run(["docker", "rm", "--force", container_name(running.prepared)], capture_output=True)
         deadline = time.monotonic() + _KILL_AFTER_S
         while self.running and time.monotonic() < deadline:
             for descriptor, _ in self._poll.poll(50):
-                for end in self._sockets[descriptor].receive():
-                    self.running.pop(end.step_id, None)
+                worker = self._workers[descriptor]
+                self._take([] if worker.is_closed else worker.receive(), ended)
         for running in self.running.values():
             running.worker.kill(running.record.id, signal.SIGKILL)
+        for worker in self._workers.values():
+            worker.forget()
+
+    def _take(self, exits: Iterable[Exit], ended: list[tuple[Running, Exit]]) -> None:
+        """Add the steps that `exits` tell of to `ended`."""
+        for end in exits:
+            running = self.running.pop(end.step_id)
+            self._measure(running, end)
+            ended.append((running, end))
 
     def _watch(self, prepared: Prepared) -> Worker:
         """A worker for the step, listened to."""
         worker = self._pool.get(prepared.plan.preload or _COMMAND)
-        descriptor = worker.socket.fileno()
-        if self._sockets.get(descriptor) is not worker:
-            for closed in [key for key, kept in self._sockets.items() if kept.is_closed]:
+        descriptor = worker.fileno()
+        if self._workers.get(descriptor) is not worker:
+            for closed in [key for key, kept in self._workers.items() if kept.is_closed]:
                 self._forget(closed)  # to make room for this one
-            self._sockets[descriptor] = worker
-            self._poll.register(descriptor, select.POLLIN | select.POLLHUP)
+            self._workers[descriptor] = worker
+            self._poll.register(descriptor, select.POLLIN)
         return worker
 
     def _forget(self, descriptor: int) -> None:
         self._poll.unregister(descriptor)
-        del self._sockets[descriptor]
+        del self._workers[descriptor]
 
     def _move_on(self, worker: Worker) -> None:
         """Give the steps that a worker cannot take to another one."""
@@ -171,12 +180,6 @@ def _reported(path: Path) -> Mapping[str, Any]:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (FileNotFoundError, json.JSONDecodeError):
         return {}
-
-
-def _has_hung_up(worker: Worker) -> bool:
-    poll = select.poll()
-    poll.register(worker.socket, select.POLLHUP)
-    return any(event & select.POLLHUP for _, event in poll.poll(0))
 
 
 def _tail(log: Path, lines: int = 3) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,12 +41,12 @@ class _Item:
 class RegistryObserver(Observer):
     """Keeps the rows. A registry that is away loses nothing that the run's own journal does not have.
 
-    Rows are written a little later, so that a step which starts and ends in the meantime costs one write.
+    Rows are made and written a little later, so that a step which starts and ends in the meantime costs one write.
     """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._waiting: dict[str, _Item] = {}
+        self._waiting: dict[str, Callable[[], _Item]] = {}  # by the row's id
         self._changed = threading.Condition()
         self._over = False
         self._thread: threading.Thread | None = None
@@ -65,15 +66,13 @@ class RegistryObserver(Observer):
             versions={"pipeline": run.digest},
             details={"folder": str(run.folder)},
         )
-        self._put(_Item(row, dict(run.inputs)))
+        self._put(run.id, lambda: _Item(row, dict(run.inputs)))
         self._thread = threading.Thread(target=self._write, name="mlfuncs-pipeline-rows", daemon=True)
         self._thread.start()
 
     def step_changed(self, run: PipelineRun, record: StepRecord) -> None:
         if not record.is_group:
-            journal = Path(record.log).parent / "journal.jsonl" if record.log else None
-            params = dict(record.inputs.parameters)
-            self._put(_Item(self._row(run, record), params, _artifacts(record), journal))
+            self._put(step_run_id(run.id, record), functools.partial(self._item, run, record))
 
     attempt_failed = step_changed  # each attempt has a row
 
@@ -96,17 +95,24 @@ class RegistryObserver(Observer):
             details={"folder": str(run.folder)},
         )
         outputs = tuple(RunArtifact("output", name, _document(value)) for name, value in run.outputs.items())
-        self._put(_Item(row, dict(run.inputs), outputs))
+        self._put(run.id, lambda: _Item(row, dict(run.inputs), outputs))
         with self._changed:
             self._over = True
             self._changed.notify()
         if self._thread is not None:
             self._thread.join(_FLUSH_S)
 
-    def _put(self, item: _Item) -> None:
+    def _put(self, row_id: str, item: Callable[[], _Item]) -> None:
+        """Have `item` written soon. The thread calls it, so that the engine starts the next step meanwhile."""
         with self._changed:
-            self._waiting.pop(item.row.id, None)
-            self._waiting[item.row.id] = item
+            self._waiting.pop(row_id, None)
+            self._waiting[row_id] = item
+
+    def _item(self, run: PipelineRun, record: StepRecord) -> _Item:
+        """The step as it is now; when it changes while this looks, it is put once more."""
+        row = self._row(run, record)
+        journal = Path(record.journal) if record.journal else None
+        return _Item(row, dict(record.inputs.parameters), _artifacts(record), journal)
 
     def _row(self, run: PipelineRun, record: StepRecord) -> RunRow:
         ended = record.status != "running"
@@ -147,7 +153,7 @@ class RegistryObserver(Observer):
                 items, self._waiting = list(self._waiting.values()), {}
             try:
                 if items:
-                    open_registry(self._settings).runs.record([_state(item) for item in items])
+                    open_registry(self._settings).runs.record([_state(item()) for item in items])
             except MlfuncsError as exc:
                 log.warning("a pipeline run could not be recorded: %s", exc)
             with self._changed:

@@ -34,6 +34,8 @@ class StepRecord:
     reason: str = ""
     traceback: str = ""
     log: str = ""
+    journal: str = ""  # file of what the step itself logs
+    identity: str = ""  # digest of its code and inputs
     cache_note: str = ""  # why the cache was used or not
     cache_parts: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)  # digests of code and environment
@@ -109,6 +111,15 @@ class RunLog:
     def append(self, event: str, **fields: Any) -> None:
         """Add one line."""
         line = json.dumps({"event": event, "time": time.time(), **fields})
+        os.write(self._file, line.encode() + b"\n")
+
+    def append_started(self, step: StepRecord, folder: str, request: str | None) -> None:
+        """Add the line of a step's start, with the request to its process, which is JSON text already."""
+        line = json.dumps(
+            {"event": "started", "time": time.time(), "id": step.id, "attempt": step.attempt, "folder": folder}
+        )
+        if request is not None:
+            line = f'{line[:-1]}, "request": {request}}}'
         os.write(self._file, line.encode() + b"\n")
 
     def close(self) -> None:

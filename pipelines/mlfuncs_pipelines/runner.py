@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import json
 import secrets
-import threading
 import time
 import uuid
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,10 +23,9 @@ from mlfuncs_pipelines.preflight import Plan, prepare
 from mlfuncs_pipelines.registry_record import RegistryObserver
 from mlfuncs_pipelines.run_lock import sole_engine
 from mlfuncs_pipelines.run_log import PipelineRun, read_journal, runs_folder
-from mlfuncs_pipelines.workers import WorkerPool
+from mlfuncs_pipelines.worker_pool import close_workers, worker_pool
 
-_idle: list[WorkerPool] = []  # a run has a pool to itself, because it alone may read what its workers say
-_lock = threading.Lock()
+__all__ = ["check_same", "close_workers", "resume_run", "run_pipeline"]
 
 
 def run_pipeline(
@@ -52,16 +48,23 @@ def run_pipeline(
 
 
 def resume_run(
-    run_id: str, settings: Settings, options: Options | None = None, observers: Sequence[Observer] = ()
+    run_id: str,
+    settings: Settings,
+    options: Options | None = None,
+    observers: Sequence[Observer] = (),
+    present: Pipeline | None = None,
 ) -> PipelineRun:
     """Go on with a run that failed or was killed: steps that ended well are not run again.
 
-    Raises NotFound for an unknown run and Conflict for one that still runs.
+    It has the code that it began with, or `present`, the pipeline as it is now: then steps whose code or inputs have
+    changed run as well. Raises NotFound for an unknown run and Conflict for one that still runs.
     """
-    pipeline, params = _begun(run_id, settings)
+    stored, params = _begun(run_id, settings)
+    pipeline = present or stored
     folder = runs_folder(settings) / run_id
     run = PipelineRun(run_id, pipeline.name, "running", params, folder, time.time(), pipeline.digest)
-    return _execute(pipeline, run, settings, replace(options or Options(), resume=True), observers)
+    options = replace(options or Options(), resume=True, changed=pipeline.digest != stored.digest)
+    return _execute(pipeline, run, settings, options, observers)
 
 
 def check_same(run_id: str, pipeline: Pipeline, params: Mapping[str, Any], settings: Settings) -> None:
@@ -90,28 +93,6 @@ def _begun(run_id: str, settings: Settings) -> tuple[Pipeline, Mapping[str, Any]
     if first is None or documents is None:
         raise NotFound("resumable pipeline run", run_id, hint="it ended before its first step; start it anew")
     return Pipeline.of(documents["spec"], documents["platform"]), first["params"]
-
-
-@contextlib.contextmanager
-def worker_pool() -> Iterator[WorkerPool]:
-    """Warm processes for one run: those that an earlier run of this process left, unless another has them now."""
-    with _lock:
-        pool = _idle.pop() if _idle else WorkerPool()
-    try:
-        yield pool
-    finally:
-        with _lock:
-            _idle.append(pool)
-
-
-def close_workers() -> None:
-    """End all warm processes that no run uses."""
-    with _lock:
-        while _idle:
-            _idle.pop().close()
-
-
-atexit.register(close_workers)
 
 
 def _execute(

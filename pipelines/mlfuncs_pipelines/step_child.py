@@ -1,20 +1,40 @@
 """What a forked child does with one pipeline step: its log and folder, the code, the report of how it ended.
 
+It takes {"request": {..} or "path": FILE, "environ": {..}} and answers {"event": "exited", "code": .., "cpu_s": ..,
+"max_rss_kib": .., "output": null or the output of a step of ours, "digests": {path: SHA-256}}.
+
 The standard library only (and syntax that Python 3.9 reads): see `zygote`, which loads this file by its path.
 """
 
 import atexit
+import contextlib
 import hashlib
 import importlib
 import json
 import os
+import resource
 import sys
 import threading
 import traceback
 import types
 
 _LARGE_BYTES = 1 << 20  # what is smaller costs the engine less than a millisecond
+_NO_REQUEST = {"executor_input": {"outputs": {"artifacts": {}}}, "digests": True}
+_REHEARSAL = '{"request": {"kind": "step", "log": "", "cwd": null, "env": {}, "json_inputs": []}, "environ": {}}'
 mask = str  # what is done to text about an error; a step with secrets replaces it
+
+
+def wait_for_step(connection, loaded):
+    """Wait for the step that comes over `connection`, run it and exit; just exit when none comes any more."""
+    connection.set_inheritable(False)
+    make_ready(loaded)
+    try:
+        data = connection.recv(1 << 20)
+    except OSError:
+        data = b""
+    if not data:
+        os._exit(0)
+    run_child(json.loads(data), loaded, connection)
 
 
 def make_ready(loaded):
@@ -24,12 +44,19 @@ def make_ready(loaded):
     numpy = sys.modules.get("numpy")
     if numpy is not None and hasattr(numpy, "random"):
         numpy.random.seed()  # else every child would draw the same numbers
+    rehearse(loaded)
+
+
+def rehearse(loaded):
+    """Go the way of a step that does nothing: code that ran before is quicker, and its memory pages are copied."""
+    read_request(json.loads(_REHEARSAL))
     if loaded is not None:
-        importlib.import_module("mlfuncs_pipelines.step").rehearse()
+        sys.modules["mlfuncs_pipelines.step"].rehearse()
+    describe_exit(0, {"output": None, "digests": digests_of(_NO_REQUEST)})
 
 
-def run_child(message, loaded, farewell):
-    """Run the step of a "run" message in this process, tell `farewell` its exit code and results, and exit."""
+def run_child(message, loaded, connection):
+    """Run a step in this process, tell its exit code and results over `connection`, and exit."""
     code, results, request = 1, {}, {}
     try:
         request = read_request(message)
@@ -47,7 +74,7 @@ def run_child(message, loaded, farewell):
             report(request, exc)
     except BaseException as exc:  # noqa: BLE001 - a step may raise anything; it is reported and ends the child
         report(request, exc)
-    finish(code or 0, results, farewell)
+    finish(code or 0, results, connection)
 
 
 def read_request(message):
@@ -142,7 +169,7 @@ def _skip(trace, count):
     return trace
 
 
-def finish(code, results, farewell):
+def finish(code, results, connection):
     """Leave as an interpreter does (threads joined, atexit run), without tearing down the inherited one."""
     try:
         threading._shutdown()  # type: ignore[attr-defined]
@@ -150,5 +177,19 @@ def finish(code, results, farewell):
         sys.stdout.flush()
         sys.stderr.flush()
     finally:
-        farewell(code & 0xFF, results)
+        with contextlib.suppress(OSError):  # the engine is gone, or the step has closed what it did not open
+            connection.send(describe_exit(code & 0xFF, results))
         os._exit(code & 0xFF)
+
+
+def describe_exit(code, results):
+    """The message that this process ends with `code`, and what it and those that it waited for have used."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    message = {
+        "event": "exited",
+        "code": code,
+        "max_rss_kib": max(usage.ru_maxrss for usage in usages),
+        "cpu_s": sum(usage.ru_utime + usage.ru_stime for usage in usages),
+        **results,
+    }
+    return json.dumps(message).encode()

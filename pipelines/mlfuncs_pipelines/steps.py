@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -11,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlfuncs_pipelines.cache import Key, artifact_digest, digest_of
+from mlfuncs_pipelines.cache import Key, artifact_digest, digest_of, stamps_of
 from mlfuncs_pipelines.executor_io import executor_input
 from mlfuncs_pipelines.graph import Step
 from mlfuncs_pipelines.inputs import Values
 from mlfuncs_pipelines.ir import Component, Task
+from mlfuncs_pipelines.messages import Request
 from mlfuncs_pipelines.placeholders import Context, local_path, resolve_command, resolve_value, uses
 from mlfuncs_pipelines.preflight import Plan
-from mlfuncs_pipelines.workers import Request
 
 REQUEST_FILE = "request.json"  # in the step's folder, when the request is not in the run's journal
 _MESSAGE_BYTES = 100_000  # a socket takes about 200 KB in one message
@@ -35,12 +36,12 @@ class Prepared:
     executor_input: Mapping[str, Any]
     constants: Mapping[str, str]
 
-    @property
+    @functools.cached_property
     def log(self) -> Path:
         """Where the step's output goes."""
         return self.folder / "log.txt"
 
-    @property
+    @functools.cached_property
     def error_path(self) -> Path:
         """Where a Python step leaves its exception."""
         return self.folder / "error.json"
@@ -67,10 +68,12 @@ def prepare_step(step: Step, plan: Plan, steps_folder: Path, constants: Mapping[
 def make_folder(prepared: Prepared) -> None:
     """An empty folder for the step; what an interrupted attempt left there goes away."""
     try:
+        os.mkdir(prepared.folder)
+    except FileNotFoundError:
         os.makedirs(prepared.folder)
     except FileExistsError:
         shutil.rmtree(prepared.folder)
-        os.makedirs(prepared.folder)
+        os.mkdir(prepared.folder)
 
 
 def make_request(
@@ -114,7 +117,7 @@ def place_request(prepared: Prepared, request: dict[str, Any], environ: Mapping[
     """The request itself, or the file that it is put into because it is too long for a message."""
     text = json.dumps(request)
     if len(text) < _MESSAGE_BYTES:
-        return Request(request, None, prepared.plan.pod.env, environ)
+        return Request(text, None, prepared.plan.pod.env, environ)
     path = prepared.folder / REQUEST_FILE
     path.write_text(text, encoding="utf-8")
     return Request(None, path, prepared.plan.pod.env, environ)
@@ -132,7 +135,7 @@ def cache_key(prepared: Prepared) -> Key | None:
     wanted = step.task.cache and prepared.plan.kind != "importer" and not has_status
     if not wanted or _uses_workspace(prepared, step.task):
         return None
-    parts = {**code_versions(prepared), "interface": digest_of(_interface(step.component))}
+    parts = {**prepared.plan.versions, "interface": digest_of(_interface(step.component))}
     if step.task.cache_key:
         parts["cache key"] = step.task.cache_key
     for name, value in prepared.inputs.parameters.items():
@@ -142,12 +145,15 @@ def cache_key(prepared: Prepared) -> Key | None:
     return Key(parts)
 
 
-def code_versions(prepared: Prepared) -> dict[str, str]:
-    """The digests of the step's code and of its environment."""
-    return {
-        "code": digest_of(prepared.plan.code_digest),
-        "environment": digest_of([prepared.plan.environment_digest, dict(prepared.plan.env)]),
-    }
+def identity(prepared: Prepared) -> str:
+    """A digest of the step's code and inputs, for a resumed run: artifacts count by place and time of change.
+
+    Placeholders of the step itself stand for their values, which differ each time.
+    """
+    step, plan = prepared.step, prepared.plan
+    code = [plan.versions, dict(plan.spec) if plan.kind == "importer" else None, _interface(step.component)]
+    given = [dict(step.inputs.parameters), dict(step.inputs.artifacts), stamps_of(step.inputs)]
+    return digest_of([code, given])
 
 
 def _uses_workspace(prepared: Prepared, task: Task) -> bool:

@@ -182,3 +182,12 @@ def logs_metric(x: int) -> int:
 @ml.function
 def untyped(x: Any) -> Any:
     return x
+
+
+@ml.function
+def run_another(x: int) -> int:
+    @ml.pipeline
+    def inner(x: int):
+        return add(x).output
+
+    return inner.run(x=x).output * 10

@@ -101,8 +101,20 @@ def test_debug_runs_one_step_again(command, tmp_path: Path) -> None:
 def test_resume_goes_on(command, tmp_path: Path) -> None:
     done = command("run", "pipes.py:breaks", "--param", f"path={tmp_path}/gone", "--json")
     (tmp_path / "gone").write_text("x")
-    again = command("resume", json.loads(done.stdout)["run_id"], "--json")
+    run_id = json.loads(done.stdout)["run_id"]
+    again = command("resume", run_id, "--json")
     assert again.returncode == 0 and json.loads(again.stdout)["status"] == "succeeded"
+    assert f"{run_id} goes on with the code that it began with" in again.stderr
+
+
+def test_a_run_goes_on_with_the_present_code(command, tmp_path: Path) -> None:
+    failed = command("run", "pipes.py:breaks", "--param", f"path={tmp_path}/gone", "--json")
+    run_id = json.loads(failed.stdout)["run_id"]
+    source = (tmp_path / "pipes.py").read_text()
+    (tmp_path / "pipes.py").write_text(source.replace("open(path).read()", "path"))
+    again = command("run", "pipes.py:breaks", "--resume", run_id, "--json")
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["run_id"] == run_id and "pipes.py:breaks as it is now" in again.stderr
 
 
 def test_unknown_names_are_answered_with_near_ones(command_here) -> None:

@@ -2,22 +2,24 @@
 a JSON; and what becomes of attempts that fail or are interrupted."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from kfp import dsl
 
 import mlfuncs as ml
 from mlfuncs.cli import main
 from mlfuncs.errors import Conflict, InvalidInput, RunFailed, SpecError
 from mlfuncs.settings import read_settings
-from mlfuncs_pipelines import runner
-from mlfuncs_pipelines.engine import Observer
+from mlfuncs_pipelines import worker_pool
+from mlfuncs_pipelines.engine import Observer, Options
 from mlfuncs_pipelines.run_lock import sole_engine
 from mlfuncs_pipelines.run_log import PipelineRun, StepRecord, known_runs, runs_folder
 from mlfuncs_pipelines.runner import resume_run, run_pipeline
-from mlfuncs_pipelines.workers import WorkerPool
+from mlfuncs_pipelines.worker_pool import WorkerPool
 
 sys.path.append(str(Path(__file__).parent))
 import own_steps as steps
@@ -57,7 +59,7 @@ def test_a_run_may_have_more_kinds_of_steps_than_workers_are_kept(monkeypatch: p
         later = steps.measure(first.output).after(*at_once)  # its worker takes the room of all those
         return steps.half(first.output).after(later).output
 
-    monkeypatch.setattr(runner, "_idle", [WorkerPool(limit=1)])
+    monkeypatch.setattr(worker_pool, "_idle", [WorkerPool(limit=1)])
     assert varied.run(parallel=6).output == 1.0
 
 
@@ -178,6 +180,7 @@ def test_a_step_that_was_interrupted_is_cancelled() -> None:
     (step,) = ml.get_run(run_id).children()
     assert (step.status, step.row.error, ml.get_run(run_id).status) == ("cancelled", None, "cancelled")
     assert 0 <= step.duration_s <= ml.get_run(run_id).duration_s
+    assert run_pipeline(halved.ir, {}, read_settings()).status == "succeeded"  # its place in the cache is free again
 
 
 @ml.function
@@ -206,6 +209,120 @@ def test_a_step_that_ends_its_process_fails_whatever_the_code() -> None:
 
     with pytest.raises(RunFailed, match="the function ended the process with exit code 0; return a value"):
         vanished.run()
+
+
+@dsl.component(base_image="python:3.11")
+def exits(code: int) -> str:
+    import sys
+
+    sys.exit(code)
+
+
+@dsl.component(base_image="python:3.11")
+def exits_without_outputs():
+    import sys
+
+    sys.exit(0)
+
+
+def test_a_lightweight_step_that_exits_needs_its_outputs_as_on_kubeflow() -> None:
+    @ml.pipeline
+    def exiting(code: int):
+        exits(code=code)
+
+    with pytest.raises(RunFailed, match="the step ended without a value for its output Output"):
+        exiting.run(code=0)
+    with pytest.raises(RunFailed, match="exit code 3"):
+        exiting.run(code=3)
+
+    @ml.pipeline
+    def leaving():
+        exits_without_outputs()
+
+    assert leaving.run().status == "succeeded"
+
+
+@ml.function
+def scored(x: int) -> int:
+    ml.log_metric("loss", x / 4)
+    return x
+
+
+def test_a_step_from_the_cache_has_the_metrics_of_the_step_that_ran() -> None:
+    @ml.pipeline
+    def scoring(x: int):
+        scored(x)
+
+    first = scoring.run(x=2)
+    shutil.rmtree(first.record.folder)  # the cache does not need the run that filled it
+    second = scoring.run(x=2)
+    assert second.step("scored").cached
+    (row,) = ml.get_run(second.id).children()
+    assert row.metrics == {"loss": 0.5}
+
+
+def _mended(good: bool) -> Any:
+    @ml.function
+    def fetch(log: str) -> int:
+        steps.touch.target(log, "f")
+        return 4
+
+    if good:
+
+        @ml.function
+        def divide(x: int, log: str) -> float:
+            steps.touch.target(log, "d")
+            return x / 2
+
+    else:
+
+        @ml.function
+        def divide(x: int, log: str) -> float:
+            return x / 0
+
+    @ml.pipeline
+    def mended(log: str):
+        return divide(fetch(log).output, log).output
+
+    return mended
+
+
+def test_a_run_is_resumed_with_the_code_as_it_is_now(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with pytest.raises(RunFailed, match="ZeroDivisionError") as caught:
+        _mended(good=False).run(log=str(log), cache=False)
+    run_id = caught.value.run_id
+    assert f"mended.run(resume='{run_id}')" in str(caught.value)
+    assert resume_run(run_id, read_settings(), Options(cache=False)).status == "failed"  # the code that it began with
+    done = _mended(good=True).run(resume=run_id, cache=False)
+    assert (done.output, done.id, log.read_text()) == (2.0, run_id, "fd")
+    assert done.step("fetch").resumed and not done.step("divide").resumed
+    again = _mended(good=True).run(resume=run_id, cache=False)
+    assert again.step("divide").resumed and log.read_text() == "fd"
+
+
+def test_a_changed_step_runs_again_when_a_run_is_resumed(tmp_path: Path) -> None:
+    def of(factor: int) -> Any:
+        @ml.function
+        def scale(x: int, log: str) -> int:
+            steps.touch.target(log, "s")
+            return x * factor
+
+        @ml.function
+        def after(x: int, log: str) -> int:
+            steps.touch.target(log, "a")
+            return -x
+
+        @ml.pipeline
+        def scaled(log: str):
+            return after(scale(3, log).output, log).output
+
+        return scaled
+
+    log = tmp_path / "log"
+    first = of(2).run(log=str(log), cache=False)
+    second = of(5).run(resume=first.id, cache=False)  # what depends on it as well
+    assert (first.output, second.output, log.read_text()) == (-6, -15, "sasa")
 
 
 @ml.function(retries=2)
