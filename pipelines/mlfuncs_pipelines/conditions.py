@@ -14,7 +14,7 @@ from typing import Any
 
 from mlfuncs.errors import InvalidInput, SpecError
 
-_REFERENCE = re.compile(r"inputs\.parameter_values\[(?:'([^']*)'|\"([^\"]*)\")\]")
+_REFERENCE = re.compile(r"inputs\.parameter(?:_value)?s\[(?:'([^']*)'|\"([^\"]*)\")\]")
 _PATH = re.compile(r"""parseJson\(string_value\)((?:\[(?:"[^"]*"|'[^']*'|\d+)\])*)""")
 _STEP = re.compile(r"""\[(?:"([^"]*)"|'([^']*)'|(\d+))\]""")
 # what may follow the closing quote of a literal in a condition that kfp wrote
@@ -35,12 +35,22 @@ def evaluate(condition: str, values: Mapping[str, Any]) -> bool:
     import celpy
 
     try:
-        answer = compile_condition(condition).evaluate({"inputs": _to_cel({"parameter_values": values})})
+        known = {"parameter_values": values, "parameters": {name: _primitive(value) for name, value in values.items()}}
+        answer = compile_condition(condition).evaluate({"inputs": _to_cel(known)})
     except celpy.CELEvalError as exc:
         raise InvalidInput(f"the condition {condition!r} cannot be decided: {_reason(exc)}; {_given(values)}") from exc
     if not isinstance(answer, celpy.celtypes.BoolType):
         raise InvalidInput(f"the condition {condition!r} gives {answer!r}, not true or false; {_given(values)}")
     return bool(answer)
+
+
+def _primitive(value: Any) -> dict[str, Any]:
+    """A value as schemaVersion 2.0.0 has it: `inputs.parameters['x'].int_value`, `double_value` or `string_value`."""
+    if isinstance(value, str):
+        return {"string_value": value}
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return {"int_value": int(value)} if isinstance(value, int) else {"double_value": value}
+    return {}
 
 
 @functools.lru_cache(maxsize=1024)

@@ -201,6 +201,32 @@ def test_concurrent_equal_steps_run_once(compiled: Any, settings: Settings, tmp_
     assert log.read_text() == "x"
 
 
+def test_equal_steps_of_two_processes_run_once(settings: Settings, tmp_path: Path) -> None:
+    @dsl.pipeline(name="held")
+    def held(go: str, started: str) -> str:
+        return wait_for(path=go, started=started).output
+
+    path, go, started = tmp_path / "held.yaml", tmp_path / "go", tmp_path / "started"
+    compiler.Compiler().compile(held, str(path))
+    words = ["run", str(path), "--json", "--param", f"go={go}", "--param", f"started={started}"]
+    environment = {**os.environ, **settings.to_environ()}
+
+    def start() -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-c", MAIN, *words], stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    with start() as first:
+        _until(started.exists)
+        with start() as second:
+            _until(lambda: len(known_runs(runs_folder(settings))) == 2)  # it is about to wait for the first one
+            go.touch()
+            answers = [json.loads(process.communicate(timeout=120)[0]) for process in (first, second)]
+    assert [answer["outputs"] for answer in answers] == [{"Output": "done"}] * 2
+    assert [answer["steps"][0].get("cached", False) for answer in answers] == [False, True]
+    assert len(started.read_text().split()) == 1
+
+
 def test_runs_in_two_threads_do_not_take_each_others_steps(compiled: Any, settings: Settings, tmp_path: Path) -> None:
     @dsl.component(base_image=IMAGE)
     def meet(mine: str, other: str) -> str:
