@@ -19,7 +19,8 @@ def evaluate(view: OnDemandView, function: Callable[..., Any], inputs: Mapping[s
     """The view's fields from `inputs` (its sources by feature name and its request columns), as Arrow arrays.
 
     Modes: "pandas" hands over Series with Arrow dtypes, so that null and NaN stay apart; "numpy" arrays, where a null
-    float is NaN and other nulls are refused; "arrow" arrays. Raises InvalidInput when the result does not fit.
+    float is NaN and other nulls are refused, also inside lists and structs; "arrow" arrays. Raises InvalidInput when
+    the result does not fit.
     """
     rows = len(next(iter(inputs.values()))) if inputs else 0
     result = function(**{name: _hand_over(name, array, view.mode) for name, array in inputs.items()})
@@ -49,9 +50,19 @@ def _hand_over(name: str, array: pa.Array, mode: str) -> Any:
         import pandas as pd
 
         return pd.Series(pd.arrays.ArrowExtensionArray(array), name=name)
-    if array.null_count and not pa.types.is_floating(array.type):
-        raise InvalidInput(f"{name!r} has nulls, which a numpy array of {array.type} cannot hold; use mode='pandas'")
+    if (lost := _type_with_nulls(array)) is not None:
+        raise InvalidInput(f"{name!r} has nulls, which a numpy array of {lost} cannot hold; use mode='pandas'")
     return array.to_numpy(zero_copy_only=False)
+
+
+def _type_with_nulls(array: pa.Array) -> pa.DataType | None:
+    """The type, in the array or inside its lists and structs, that has nulls and is not float; None: there is none."""
+    if array.null_count and not pa.types.is_floating(array.type):
+        return array.type
+    parts: list[pa.Array] = []
+    if pa.types.is_nested(array.type):
+        parts = array.flatten() if pa.types.is_struct(array.type) else [array.flatten()]
+    return next(filter(None, map(_type_with_nulls, parts)), None)
 
 
 def _columns_of(view: OnDemandView, result: Any) -> dict[str, Any]:

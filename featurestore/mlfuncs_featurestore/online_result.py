@@ -108,10 +108,25 @@ class OnlineFeatures:
         from mlfuncs_featurestore.pandas_columns import pandas_column
 
         index = pd.RangeIndex(self._size)
-        frame = pd.DataFrame({name: list(column) for name, column in self.entities.items()}, index=index)
+        frame = pd.DataFrame({name: self._given(name, index) for name in self.entities}, index=index)
         for name, array in self._columns.items():
             frame[name] = pandas_column(array, index)
         return frame
+
+    def _given(self, name: str, index: Any) -> Any:
+        """A column that was given, for a frame: as Arrow has its values, where it has them."""
+        import pandas as pd
+
+        from mlfuncs_featurestore.pandas_columns import pandas_column
+        from mlfuncs_featurestore.tables import as_table, cast_column
+
+        column = _listed(self.entities[name])
+        try:
+            array = as_table({name: column})[name]
+        except InvalidInput:  # no key and no request column, but what the caller keeps beside them
+            return pd.Series(column, index=index, dtype=object)
+        kind = self._plan.request.get(name)
+        return pandas_column(array.combine_chunks() if kind is None else cast_column(name, array, kind), index)
 
     def to_dict(self) -> dict[str, list[Any]]:
         """Each column as a list of Python values; not PRESENT is None."""

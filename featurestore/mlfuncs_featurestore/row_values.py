@@ -16,6 +16,7 @@ from mlfuncs_featurestore.types import FeatureType
 
 _CODES = {"bool": "?", "int8": "b", "int16": "h", "int32": "i", "int64": "q", "float32": "f", "float64": "d"}
 _CODES |= {"timestamp": "q", "date": "i"}
+_EXACT = {"float32": 2**24, "float64": 2**53}  # up to here every integer is one; Arrow's casts have the same bounds
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 _EPOCH_DAY = datetime.date(1970, 1, 1)
 _MICROSECOND = datetime.timedelta(microseconds=1)
@@ -99,6 +100,8 @@ def _checked(kind: str, value: Any) -> Any:
         return bool(value)
     if isinstance(value, (bool, str)):
         raise TypeError("not a number")
+    if kind in _EXACT and isinstance(value, int) and not -_EXACT[kind] <= value <= _EXACT[kind]:
+        raise ValueError(f"an integer beyond {_EXACT[kind]} would be rounded; give a float to have it so")
     return value
 
 

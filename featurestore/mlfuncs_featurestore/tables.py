@@ -203,7 +203,8 @@ def cast_column(name: str, column: pa.ChunkedArray | pa.Array, kind: FeatureType
             _check_vector(name, array, kind)
         check_range(array, kind)
         between = exact_decimals(array.type, kind)
-        return (array if between == array.type else array.cast(between)).cast(target, safe=kind.kind != "float32")
+        is_exact = kind.kind != "float32" or pa.types.is_integer(array.type)  # floats are rounded, integers never
+        return (array if between == array.type else array.cast(between)).cast(target, safe=is_exact)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as exc:
         raise _misfit(name, f"does not fit {kind}: {exc}", kind, array.type) from exc
 

@@ -7,12 +7,14 @@ import decimal
 import math
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlfuncs.errors import InvalidInput
 from mlfuncs_featurestore.rows import ABSENT, NULL, PRESENT, RowCodec, Stamp, read_stamp
+from mlfuncs_featurestore.tables import cast_column
 from mlfuncs_featurestore.types import parse_type
 
 UTC = datetime.UTC
@@ -142,3 +144,19 @@ def test_a_value_of_another_type_is_refused_and_named(kind, value):
     with pytest.raises(InvalidInput, match="'x'") as caught:
         RowCodec({"x": parse_type(kind)}).encode({"x": value}, Stamp(0, 0, 0))
     assert caught.value.fields[0]["field"] == "x"
+
+
+@pytest.mark.parametrize(("kind", "largest"), [("float32", 2**24), ("float64", 2**53)])
+def test_integers_that_a_float_would_round_are_refused_by_name(kind, largest):
+    codec = RowCodec({"x": parse_type(kind), "many": parse_type(f"vector<{kind},1>")})
+    stamp = Stamp(0, 0, 0)
+    for value in (largest, -largest):
+        assert codec.decode(codec.encode({"x": value, "many": [value]}, stamp))[1] == {"x": value, "many": [value]}
+        beyond = value + (1 if value > 0 else -1)
+        for fields in ({"x": beyond}, {"many": [beyond]}):
+            with pytest.raises(InvalidInput, match=f"{beyond}.*beyond {largest} would be rounded"):
+                codec.encode(fields, stamp)
+        column = pa.array([1, beyond, None])
+        with pytest.raises(InvalidInput, match=f"Integer value {beyond} not in range"):
+            cast_column("x", column, parse_type(kind))
+        assert cast_column("x", column.cast(pa.float64(), safe=False), parse_type(kind)).null_count == 1
