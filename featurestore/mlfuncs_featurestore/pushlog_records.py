@@ -37,8 +37,17 @@ def read_records(path: Path, start: int = 0) -> Iterator[Record]:
             payload = file.read(length)
             if len(payload) != length or zlib.crc32(payload) != checksum:
                 return
-            head, *tables = _parts(payload)
-            yield json.loads(head), [_from_bytes(one) for one in tables], file.tell()
+            yield *_opened(payload), file.tell()
+
+
+def unframed(record: bytes) -> tuple[dict[str, Any], list[pa.Table]]:
+    """The head and the tables of one whole record."""
+    return _opened(record[_FRAME.size :])
+
+
+def _opened(payload: bytes) -> tuple[dict[str, Any], list[pa.Table]]:
+    head, *tables = _parts(payload)
+    return json.loads(head), [_from_bytes(one) for one in tables]
 
 
 def _parts(payload: bytes) -> list[bytes]:

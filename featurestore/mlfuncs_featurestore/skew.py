@@ -1,16 +1,21 @@
 """Skew: whether served vectors are those that training would have seen.
 
-Owns: the log of sampled served vectors (home/features/<project>/.served), and the check that replays it through the
-point-in-time join at the moments of serving. A difference is a fault; a row that arrived after it was asked for, with
-an event time before, is not: training sees such a row, serving could not. Those are told apart by the place of rows in
-the order of ingest, which is a clock, and counted as late.
+Owns: the log of sampled served vectors, and the check that replays it through the point-in-time join at the moments of
+serving. The log is a folder (home/features/<project>/.served) where Redis is the home's own, and a stream in Redis
+where the settings name one: containers and other machines, into whose homes nobody looks, have that in common.
+
+A difference is a fault; a row that arrived after it was asked for, with an event time before, is not: training sees
+such a row, serving could not. Those are told apart by the place of rows in the order of ingest, which is a clock, and
+counted as late.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import uuid
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +23,14 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from mlfuncs.errors import MlfuncsError
 from mlfuncs.settings import ensure_home
 from mlfuncs_featurestore.history import HistoryOptions, join
 from mlfuncs_featurestore.online_result import OnlineFeatures
 from mlfuncs_featurestore.push import flush_waiting
-from mlfuncs_featurestore.pushlog_records import framed, read_records
+from mlfuncs_featurestore.pushlog_records import framed, read_records, unframed
 from mlfuncs_featurestore.quality import oldest_scalar
+from mlfuncs_featurestore.redis_keys import document_key
 from mlfuncs_featurestore.references import select
 from mlfuncs_featurestore.rows import to_us
 from mlfuncs_featurestore.verify import Comparison, add, differences
@@ -33,8 +40,11 @@ if TYPE_CHECKING:
 
     from mlfuncs_featurestore.store import FeatureStore
 
+log = logging.getLogger("mlfuncs.features")
 SEGMENT_BYTES = 64 * 2**20
 SEGMENTS = 16  # the oldest are dropped: a log that nobody checks stays at 1 GiB
+ENTRIES = 20_000  # of the stream in Redis, about; one of 20 features takes 2 KiB
+PAGE = 500
 
 
 @dataclass(frozen=True)
@@ -47,16 +57,31 @@ class Served:
 
 
 def sample(store: FeatureStore, found: OnlineFeatures, rate: float, draw: float | None = None) -> bool:
-    """Log `found` with probability `rate` (`draw` in [0, 1) instead of chance); whether it was logged."""
+    """Log `found` with probability `rate` (`draw` in [0, 1) instead of chance); whether it was logged.
+
+    A log that cannot be written is said in the process's own log: it is no reason to refuse an answer.
+    """
     if found.fell_back or not len(found) or (random.random() if draw is None else draw) >= rate:
         return False
     table = found.to_arrow()
     for name, statuses in found.statuses.items():
         table = table.append_column(f"{name}__status", pa.array(statuses, pa.string()))
     record = framed({"at_us": found.at_us, "references": found.references}, [table])
-    with open(_segment(store), "ab", buffering=0) as file:
-        file.write(record)  # one write to a file of this process's own
+    try:
+        _keep(store, record)
+    except (OSError, MlfuncsError) as exc:
+        log.warning("a served vector could not be kept for the skew check: %s", exc)
+        return False
     return True
+
+
+def _keep(store: FeatureStore, record: bytes) -> None:
+    if not store.settings.redis_url:
+        with open(_segment(store), "ab", buffering=0) as file:
+            file.write(record)  # one write to a file of this process's own
+        return
+    link, packed = store.online.rows.link, zlib.compress(record, 1)
+    link.run(lambda: link.client.xadd(_stream(store), {b"record": packed}, maxlen=ENTRIES, approximate=True))
 
 
 def check_skew(
@@ -77,16 +102,27 @@ def check_skew(
 
 
 def read_served(store: FeatureStore) -> Iterator[Served]:
-    """Every logged answer, a file at a time."""
+    """Every logged answer, a file at a time, then those in Redis a page at a time."""
     for path in sorted(_folder(store).glob("*.log")):
         for head, tables, _ in read_records(path):
             yield Served(head["references"], head["at_us"], tables[0])
+    link, after = store.online.rows.link, "-"
+    while True:
+        entries = link.run(lambda after=after: link.client.xrange(_stream(store), after, count=PAGE))  # type: ignore[misc]
+        if not entries:
+            return
+        for _, fields in entries:
+            head, tables = unframed(zlib.decompress(fields[b"record"]))
+            yield Served(head["references"], head["at_us"], tables[0])
+        after = f"({entries[-1][0].decode()}"
 
 
 def forget_served(store: FeatureStore) -> None:
     """Empty the log."""
     for path in _folder(store).glob("*.log"):
         path.unlink(missing_ok=True)
+    link = store.online.rows.link
+    link.run(lambda: link.client.delete(_stream(store)))
 
 
 def _replay(store: FeatureStore, served: Served) -> Comparison:
@@ -108,6 +144,10 @@ def _replay(store: FeatureStore, served: Served) -> Comparison:
 
     columns = {name: (served.rows[name].combine_chunks(), served.rows[f"{name}__status"].to_pylist()) for name in names}
     return differences(spine, given, columns, joined(None), lambda: joined(served.at_us))
+
+
+def _stream(store: FeatureStore) -> str:
+    return document_key(store.settings.project, "served", "vectors")
 
 
 def _folder(store: FeatureStore) -> Path:

@@ -22,7 +22,7 @@ from mlfuncs_featurestore.cli import features as command
 from mlfuncs_featurestore.online_client import FeatureClient
 from mlfuncs_featurestore.online_server import check_address, make_app
 from mlfuncs_featurestore.serving import FeatureReader
-from mlfuncs_featurestore.skew import check_skew, sample
+from mlfuncs_featurestore.skew import check_skew, forget_served, sample
 from mlfuncs_featurestore.stream import StreamReader, consume
 
 UTC = datetime.UTC
@@ -263,6 +263,21 @@ def test_served_vectors_are_those_of_training_and_skew_is_found(store):
     assert (checked.different, checked.late) == (1, 2) and checked.differences[0].offline == 17.0
 
 
+def test_vectors_served_elsewhere_are_kept_in_redis(store, tmp_path, caplog):
+    url = f"unix://{store.online.client.get_connection_kwargs()['path']}"
+    there = FeatureStore(Settings(home=tmp_path / "container", project="shop", redis_url=url))
+    found = store.get_online_features(["spend:amount_sum_1h", "profile:city"], {"user_id": [1, 2]})
+    assert sample(there, found, 1.0) and sample(there, found, 1.0)
+    assert not (tmp_path / "container").exists()  # nothing is left where the container was
+    checked = check_skew(store)
+    assert checked.is_equal and (checked.entities, checked.cells) == (4, 8)
+    forget_served(store)
+    assert check_skew(store).cells == 0
+    away = FeatureStore(Settings(home=store.settings.home, project="shop", redis_url="redis://127.0.0.1:1/0"))
+    assert not sample(away, found, 1.0) and "could not be kept" in caplog.text
+    there.online.close()
+
+
 def test_a_function_says_which_share_of_its_vectors_is_kept(store):
     spec = FunctionSpec("score", features=["profile:city"], feature_sample_rate=1.0)
     assert FunctionSpec.from_dict(spec.to_dict()) == spec
@@ -317,3 +332,29 @@ def test_commands_print_json(store, tmp_path, monkeypatch):
     assert run("verify", "trips")["entities"] == 2
     assert [one["feature"] for one in run("list", "km")["features"]] == ["trips:km"]
     assert run("down")["stopped"] and not run("down")["stopped"]
+
+
+@on_demand(sources=["bag:items"], request={"n": int}, fields={"size": "int64"}, mode="numpy")
+def bag_size(items, n):
+    return {"size": np.array([len(one) for one in items]) + n}
+
+
+def test_numpy_functions_get_no_floats_for_integers_beside_null(store):
+    items = {"items": "list<int64>", "weights": "list<float64>"}
+    store.apply([FeatureView("bag", [USER], items, online=True, buckets=2), bag_size])
+    for user, given in [(1, [2**53 + 1, 7]), (2, [2**53 + 1, None])]:
+        store.push("bag", {"user_id": [user], "event_timestamp": [now()], "items": [given], "weights": [[1.0]]})
+    wanted = ["bag_size:size", "bag:items"]
+    found = store.get_online_features(wanted, {"user_id": [1], "n": [2**53]}).to_dict()
+    assert found["size"] == [2**53 + 2] and found["items"] == [[2**53 + 1, 7]]
+    with pytest.raises(InvalidInput, match="'items' has nulls, which a numpy array of int64 cannot hold"):
+        store.get_online_features(wanted, {"user_id": [2], "n": [1]}).to_dict()
+
+
+def test_request_columns_keep_every_digit_in_frames(store):
+    asked = {"user_id": [1, 1, 1], "limit": [10.0, None, float("nan")], "n": [2**53 + 1, None, 3]}
+    frame = store.get_online_features(["usage:share"], asked).to_pandas()
+    assert frame["n"].tolist()[0] == 2**53 + 1 and str(frame["n"].dtype) == "Int64" and frame["n"].isna()[1]
+    assert frame["limit"].isna().tolist() == [False, True, False]  # null and NaN stay apart
+    mixed = {"user_id": [1, 1], "mine": [object, "x"]}
+    assert store.get_online_features(["profile:city"], mixed).to_pandas()["mine"].tolist() == [object, "x"]
