@@ -22,9 +22,11 @@ OPTIONS = {"n_workers": 2, "threads_per_worker": 2, "processes": True, "dashboar
 
 @pytest.fixture(scope="module")
 def cluster():
+    import dask
     import distributed
 
-    with distributed.LocalCluster(host="127.0.0.1", **OPTIONS) as one:
+    patience = {"distributed.comm.timeouts.connect": "120s", "distributed.comm.timeouts.tcp": "120s"}
+    with dask.config.set(patience), distributed.LocalCluster(host="127.0.0.1", **OPTIONS) as one:
         yield one
 
 

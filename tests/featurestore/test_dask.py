@@ -16,10 +16,13 @@ START = datetime.datetime(2024, 1, 1, tzinfo=datetime.UTC)
 
 @pytest.fixture(scope="module")
 def client():
+    import dask
     import distributed
 
+    patience = {"distributed.comm.timeouts.connect": "120s", "distributed.comm.timeouts.tcp": "120s"}
     options = {"n_workers": 2, "threads_per_worker": 1, "processes": True, "dashboard_address": None}
     with (
+        dask.config.set(patience),
         distributed.LocalCluster(host="127.0.0.1", **options) as cluster,
         distributed.Client(cluster) as one,
     ):
