@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mlfuncs.errors import ArtifactError, StorageError, UntrustedError
+from mlfuncs.files import sync_folder
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _STALE_S = 24 * 3600.0  # a staged file this old belongs to a process that died (guess: no write takes a day)
@@ -102,7 +103,7 @@ class LocalObjects:
                 os.fsync(file.fileno())
             staged.chmod(0o444)
             os.replace(staged, target)
-            _sync_directory(target.parent)
+            sync_folder(target.parent)
 
     def size(self, digest: str) -> int | None:
         try:
@@ -206,6 +207,25 @@ def client_errors() -> tuple[type[Exception], ...]:
 
 
 @contextlib.contextmanager
+def files_at(url: str, lack: str) -> Iterator[tuple[Any, str]]:
+    """The fsspec file system of `url`, and its root there, for a block that reads or writes files of its own.
+
+    What goes wrong in the block becomes a StorageError: the store "does not ..." as `lack` says.
+    """
+    try:
+        import fsspec
+
+        files, root = fsspec.core.url_to_fs(url)
+        yield files, root.rstrip("/")
+    except Exception as exc:
+        if not isinstance(exc, (*client_errors(), ImportError)):  # asked now: the clients are loaded by the first use
+            raise
+        raise StorageError(
+            f"the artifact store {url!r} does not {lack}: {exc}; check MLFUNCS_ARTIFACTS_URL and its credentials"
+        ) from exc
+
+
+@contextlib.contextmanager
 def _writable(root: Path) -> Iterator[None]:
     try:
         yield
@@ -214,14 +234,6 @@ def _writable(root: Path) -> Iterator[None]:
         raise StorageError(
             f"the artifact store {str(root)!r} cannot be written ({reason}); make room, or set MLFUNCS_ARTIFACTS_URL"
         ) from exc
-
-
-def _sync_directory(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def open_objects(url: str, cache: Path) -> Any:

@@ -7,6 +7,7 @@ settings, never against a key that came with the object.
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import os
 import tempfile
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlfuncs.errors import SpecError, StorageError, UntrustedError
+from mlfuncs.files import sync_folder, write_synced
 from mlfuncs.settings import Settings, ensure_home
 
 if TYPE_CHECKING:
@@ -136,15 +138,20 @@ def key_ring(settings: Settings) -> KeyRing:
 
 
 def _create_once(path: Path, content: bytes) -> None:
-    """Write `path` whole or not at all; when another process was first, its content stays."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent)
+    """Write `path` whole or not at all; when another process was first, its content stays. Raises StorageError.
+
+    On disk before anything is signed with it: after a power cut nobody else has the key.
+    """
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent)
         try:
-            os.link(temporary, path)
-        except FileExistsError:
-            return
-    finally:
-        os.unlink(temporary)
+            with os.fdopen(handle, "wb") as file:
+                write_synced(file, content)
+            with contextlib.suppress(FileExistsError):
+                os.link(temporary, path)
+            sync_folder(path.parent)
+        finally:
+            os.unlink(temporary)
+    except OSError as exc:
+        raise StorageError(f"the signing key {path} cannot be written: {exc.strerror or exc}") from exc

@@ -8,17 +8,18 @@ appears whole, by one rename.
 from __future__ import annotations
 
 import base64
+import contextlib
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mlfuncs.errors import NotFound, StorageError, UntrustedError
-from mlfuncs.files import locked
+from mlfuncs.files import locked, sync_folder, write_synced
+from mlfuncs.objects import files_at
 from mlfuncs.settings import Settings, ensure_home
 from mlfuncs.signing import KeyRing, key_ring, project_key, sha256_hex
 
@@ -100,14 +101,11 @@ def push(digest: str, content: bytes, signature: bytes, settings: Settings) -> N
     """Copy a bundle to the artifact URL, when that is not below `home`. Raises StorageError."""
     if not settings.artifacts_url:
         return
-    files, root = _remote(settings)
-    folder = f"{root}/bundles/{digest}/{settings.project}"
-    try:
+    with files_at(settings.artifacts_url, "take the bundle") as (files, root):
+        folder = f"{root}/bundles/{digest}/{settings.project}"
         files.makedirs(folder, exist_ok=True)
         for name, data in ((ARCHIVE, content), (SIGNATURE, signature)):
             files.pipe_file(f"{folder}/{name}", data)
-    except OSError as exc:
-        raise StorageError(f"the bundle cannot be pushed to {settings.artifacts_url!r}: {exc}") from exc
 
 
 def unpack_files(digest: str, files: Mapping[str, str], settings: Settings) -> None:
@@ -143,39 +141,34 @@ def _checked(digest: str, folder: Path, ring: KeyRing) -> StoredBundle:
     return StoredBundle(digest, folder, content)
 
 
-def _remote(settings: Settings) -> tuple[Any, str]:
-    import fsspec
-
-    files, root = fsspec.core.url_to_fs(settings.artifacts_url)
-    return files, root.rstrip("/")
-
-
-def _remote_copies(digest: str, settings: Settings) -> Iterator[tuple[str, bytes, bytes]]:
+def _remote_copies(digest: str, settings: Settings) -> list[tuple[str, bytes, bytes]]:
+    """(project, archive, signature) of each copy at the artifact URL, this project's own first."""
     if not settings.artifacts_url:
-        return
-    files, root = _remote(settings)
-    try:
+        return []
+    copies = []
+    with files_at(settings.artifacts_url, "give the bundle") as (files, root):
         folder = f"{root}/bundles/{digest}"
-        found = sorted(path.rstrip("/").rpartition("/")[2] for path in files.ls(folder, detail=False))
-    except FileNotFoundError:
-        return
-    for project in sorted(found, key=lambda name: name != settings.project):
         try:
-            content = files.cat_file(f"{folder}/{project}/{ARCHIVE}")
-            signed = files.exists(f"{folder}/{project}/{SIGNATURE}")
-            yield project, content, files.cat_file(f"{folder}/{project}/{SIGNATURE}") if signed else b""
+            found = sorted(path.rstrip("/").rpartition("/")[2] for path in files.ls(folder, detail=False))
         except FileNotFoundError:
-            continue
+            return []
+        for project in sorted(found, key=lambda name: name != settings.project):
+            with contextlib.suppress(FileNotFoundError):  # half of a copy that is being written
+                content = files.cat_file(f"{folder}/{project}/{ARCHIVE}")
+                signed = files.exists(f"{folder}/{project}/{SIGNATURE}")
+                copies.append((project, content, files.cat_file(f"{folder}/{project}/{SIGNATURE}") if signed else b""))
+    return copies
 
 
 def _place(folder: Path, members: dict[str, bytes]) -> None:
-    """Make `folder` with the members in one rename; what was there before goes away whole."""
+    """Make `folder` with the members in one rename; it is on disk then, and what was there before goes away whole."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
         try:
             for name, data in members.items():
-                (aside / name).write_bytes(data)
+                with open(aside / name, "wb") as file:
+                    write_synced(file, data)
             if folder.exists():
                 os.rename(folder, aside / "before")
             try:
@@ -183,6 +176,7 @@ def _place(folder: Path, members: dict[str, bytes]) -> None:
             except OSError:
                 if not (folder / ARCHIVE).exists():  # else another builder was first, with the same digest
                     raise
+            sync_folder(folder.parent)
             shutil.rmtree(folder / "before", ignore_errors=True)
         finally:
             shutil.rmtree(aside, ignore_errors=True)

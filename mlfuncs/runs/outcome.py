@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlfuncs.errors import InvalidInput, StorageError
-from mlfuncs.objects import client_errors
+from mlfuncs.errors import InvalidInput
+from mlfuncs.objects import files_at
 from mlfuncs.runs.journal import FINISH, failed, read_entries
 from mlfuncs.runs.recorder import recorder
 from mlfuncs.runs.starting import Started
@@ -110,14 +110,7 @@ def forget_outcomes(settings: Settings, sweep: str) -> None:
 @contextmanager
 def _outcomes(settings: Settings, sweep: str) -> Iterator[tuple[Any, str]]:
     """The file system of the artifact URL, and the sweep's folder there."""
-    import fsspec
-
     if not _SWEEP.fullmatch(sweep):
         raise InvalidInput(f"{sweep!r} is no id of a sweep")
-    url = settings.resolved_artifacts_url
-    faults: tuple[type[Exception], ...] = (*client_errors(), ImportError)
-    try:
-        files, root = fsspec.core.url_to_fs(url)
-        yield files, f"{root.rstrip('/')}/sweeps/{settings.project}/{sweep}"
-    except faults as exc:
-        raise StorageError(f"the artifact store {url!r} does not take or give a sweep's results: {exc}") from exc
+    with files_at(settings.resolved_artifacts_url, "take or give a sweep's results") as (files, root):
+        yield files, f"{root}/sweeps/{settings.project}/{sweep}"

@@ -7,6 +7,7 @@ One thread for the whole process, started with the first run. It never stands in
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
 import threading
@@ -108,6 +109,8 @@ class Recorder:
                     record.heartbeat()
             except MlfuncsError as exc:
                 log.debug("the record of run %s waits: %s", record.run_id, exc)
+                with contextlib.suppress(OSError):  # the journal is all there is now; a full disk says so to who logs
+                    record.journal.sync()
             except Exception:  # the loop must go on for the other runs
                 log.warning("the record of run %s cannot be kept now", record.run_id, exc_info=True)
 
