@@ -44,7 +44,7 @@ def configure(found: NuclioSource, command: str, lines: list[str], path: Path) -
         spec.setdefault("env", []).extend(_pair(line, path) for line in lines)
     elif command == "env_file":
         for name in lines:
-            text = (path.parent / name).read_text(encoding="utf-8").splitlines()
+            text = _read_text(path, name).splitlines()
             spec.setdefault("env", []).extend(_pair(line, path) for line in text if line.strip() and line[0] != "#")
     elif command == "config":
         for line in lines:
@@ -56,6 +56,13 @@ def configure(found: NuclioSource, command: str, lines: list[str], path: Path) -
             _check_added(line, path)
     else:
         raise SpecError(f"{path.name}: '%nuclio {command}' is not known: env, cmd, config, env_file, mount and add are")
+
+
+def _read_text(path: Path, name: str) -> str:
+    try:
+        return (path.parent / name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as exc:
+        raise SpecError(f"{path.name}: the file {name!r} of '%nuclio env_file' cannot be read: {exc}") from exc
 
 
 def _mount(line: str, path: Path) -> dict[str, Any]:

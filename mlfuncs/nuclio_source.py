@@ -214,10 +214,15 @@ def _environment(items: Iterable[Mapping[str, Any]]) -> tuple[dict[str, str], li
 
 
 def _resources(limits: Mapping[str, Any]) -> Resources:
-    cpu = str(limits.get("cpu") or "")
-    cores = float(cpu[:-1]) / 1000 if cpu.endswith("m") else float(cpu) if cpu else None
-    memory = str(limits["memory"]) if limits.get("memory") else None
-    return Resources(cpu=cores, memory=memory, gpu=int(limits.get("nvidia.com/gpu") or 0))
+    cpu, gpu = str(limits.get("cpu") or ""), limits.get("nvidia.com/gpu") or 0
+    try:
+        cores = float(cpu[:-1]) / 1000 if cpu.endswith("m") else float(cpu) if cpu else None
+        gpus = int(gpu)
+    except ValueError as exc:
+        raise SpecError(
+            f"resources of cpu {cpu!r} and nvidia.com/gpu {gpu!r} are no numbers like '500m' and 1"
+        ) from exc
+    return Resources(cpu=cores, memory=str(limits["memory"]) if limits.get("memory") else None, gpu=gpus)
 
 
 def _volumes(items: Iterable[Mapping[str, Any]], name: str) -> dict[str, dict[str, Any]]:

@@ -45,7 +45,8 @@ class State:
     def text(self) -> str:
         """The state as one line."""
         took = format_duration(self.elapsed_s) if self.elapsed_s >= REDRAW_S else ""
-        return "  ".join(part for part in (self.label, self.count, took, self.note) if part)
+        end = "failed" if self.failed else ""
+        return "  ".join(part for part in (self.label, self.count, took, self.note, end) if part)
 
     @property
     def count(self) -> str:
@@ -134,7 +135,7 @@ class PlainView:
 
     def draw(self, state: State) -> None:
         """Write the state as a line."""
-        end = ("  failed" if state.failed else "  done") if state.finished else ""
+        end = "  done" if state.finished and not state.failed else ""
         self._stream.write(f"{state.text}{end}\n")
         self._stream.flush()
 
@@ -161,7 +162,7 @@ class TerminalView:
     def draw(self, state: State) -> None:
         """Move the bar; stop it at the end."""
         fields: dict[str, Any] = {"total": state.total, "completed": state.done, "count": state.count}
-        fields["note"] = state.note
+        fields["note"] = f"{state.note}  failed".strip() if state.failed else state.note
         if self._task is None:
             self._progress.start()
             self._task = self._progress.add_task(state.label, **fields)

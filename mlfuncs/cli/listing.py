@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import time
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,6 +16,7 @@ from mlfuncs.settings import read_settings
 if TYPE_CHECKING:
     from mlfuncs.runs.run import Run
 
+FOLLOW_S = 0.5  # how often a run that goes on is asked what it has printed since
 _limit = click.option("--limit", default=20, type=click.IntRange(min=1), show_default=True, help="How many at most.")
 
 
@@ -22,7 +26,7 @@ _limit = click.option("--limit", default=20, type=click.IntRange(min=1), show_de
 @click.option("--pipeline", help="Of runs: the pipeline's runs and those of its steps alone.")
 @as_json
 def ls(what: str, limit: int, pipeline: str | None, json_wanted: bool) -> None:
-    """List what the project has: endpoints, runs, functions or artifacts; the newest first."""
+    """List what the project has: endpoints by name, runs, functions and artifacts the newest first."""
     if pipeline is not None and what != "runs":
         raise InvalidInput(f"--pipeline chooses among runs; write 'mlfuncs ls runs --pipeline {pipeline}'")
     rows, columns = _runs(limit, pipeline) if what == "runs" else _READERS[what](limit)
@@ -41,7 +45,7 @@ def models(limit: int, json_wanted: bool) -> None:
 @click.command()
 @click.argument("name")
 @click.option("-f", "--follow", is_flag=True, help="Go on with every new line.")
-@click.option("-n", "--lines", default=100, show_default=True, help="How many of the last lines.")
+@click.option("-n", "--lines", default=100, type=click.IntRange(min=1), show_default=True, help="How many at the end.")
 @as_json
 def logs(name: str, follow: bool, lines: int, json_wanted: bool) -> None:
     """Show the log of the endpoint NAME, or of the run whose id starts with NAME.
@@ -53,17 +57,22 @@ def logs(name: str, follow: bool, lines: int, json_wanted: bool) -> None:
     try:
         found = endpoint(name)
     except NotFound as no_endpoint:
-        _run_logs(name, lines, json_wanted, no_endpoint)
+        _run_logs(name, lines, follow, json_wanted, no_endpoint)
         return
     if follow:
-        for line in found.logs(lines, follow=True):
-            emit({"line": line}, json_wanted, line or " ")
+        _emit_lines(found.logs(lines, follow=True), json_wanted)
         return
     text = list(found.logs(lines))
     emit({"name": name, "lines": text}, json_wanted, "\n".join(text))
 
 
-def _run_logs(name: str, lines: int, json_wanted: bool, no_endpoint: NotFound) -> None:
+def _emit_lines(lines: Iterable[str], json_wanted: bool) -> None:
+    for line in lines:
+        emit({"line": line}, json_wanted, line or " ")
+        sys.stdout.flush()
+
+
+def _run_logs(name: str, lines: int, follow: bool, json_wanted: bool, no_endpoint: NotFound) -> None:
     from mlfuncs.runs.run import get_run
 
     try:
@@ -72,8 +81,27 @@ def _run_logs(name: str, lines: int, json_wanted: bool, no_endpoint: NotFound) -
         raise NotFound(
             "endpoint or run", name, no_endpoint.near, hint="See 'mlfuncs ls' and 'mlfuncs ls runs'."
         ) from None
+    if follow:
+        _emit_lines(_new_lines(run, lines), json_wanted)
+        return
     text = _log_of(run).splitlines()[-lines:]
     emit({"run": run.id, "lines": text}, json_wanted, "\n".join(text))
+
+
+def _new_lines(run: Run, lines: int) -> Iterator[str]:
+    """The last `lines` lines of the run's log, and each that comes until it has ended."""
+    from mlfuncs.registry.runs import ACTIVE
+
+    seen: int | None = None
+    while True:
+        is_over = run.status not in ACTIVE  # asked first: what it printed last is read after that
+        text = _log_of(run)
+        whole = text if is_over else text[: text.rfind("\n") + 1]
+        yield from whole.splitlines()[-lines:] if seen is None else whole[seen:].splitlines()
+        seen = len(whole)
+        if is_over:
+            return
+        time.sleep(FOLLOW_S)
 
 
 def _log_of(run: Run) -> str:
@@ -119,13 +147,13 @@ def _functions(limit: int) -> Rows:
     from mlfuncs.registry import open_registry
 
     functions = open_registry(read_settings()).functions
+    known = [functions.versions(name) for name in functions.names()]
     rows = []
-    for name in functions.names()[:limit]:
-        versions = functions.versions(name)
+    for versions in sorted(known, key=lambda versions: versions[0].recorded_at, reverse=True)[:limit]:
         latest = versions[0]
         rows.append(
-            {"name": name, "versions": len(versions), "latest": latest.digest, "kind": latest.manifest.get("kind")}
-            | {"recorded": format_time(latest.recorded_at)}
+            {"name": latest.name, "versions": len(versions), "latest": latest.digest}
+            | {"kind": latest.manifest.get("kind"), "recorded": format_time(latest.recorded_at)}
         )
     return rows, ("name", "kind", "versions", "latest", "recorded")
 

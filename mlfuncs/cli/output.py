@@ -66,8 +66,9 @@ def parse_data(text: str, option: str = "--data", example: str = '{"x": 1}') -> 
         try:
             with open(text[1:], encoding="utf-8") as file:
                 text = file.read()
-        except OSError as exc:
-            raise InvalidInput(f"{option} {text!r} cannot be read: {exc.strerror}") from exc
+        except (OSError, UnicodeDecodeError) as exc:
+            reason = getattr(exc, "strerror", None) or "it is no UTF-8 text"
+            raise InvalidInput(f"{option} {text!r} cannot be read: {reason}") from exc
     try:
         return json.loads(text)
     except ValueError as exc:

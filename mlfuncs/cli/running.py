@@ -30,6 +30,7 @@ def run(
     json_wanted: bool,
 ) -> None:
     """Run a function as a tracked run and print its id, status, metrics and outputs."""
+    from mlfuncs.display import format_duration, format_value
     from mlfuncs.loading import load_target
     from mlfuncs.runs.run import run_function
 
@@ -40,9 +41,9 @@ def run(
         options: dict[str, Any] = {"isolation": isolation, "target": place, "timeout_s": timeout_s}
         result = run_function(function, (), _typed(function, given), **options)
     values = _run_values(result)
-    lines = [f"run {result.id} {values['status']} in {values['duration_s'] or 0:.2f} s"]
-    lines += [f"  {name} = {value}" for name, value in values["metrics"].items()]
-    lines += [f"  {name}: {value}" for name, value in values["outputs"].items()]
+    lines = [f"run {result.id} {values['status']} in {format_duration(values['duration_s'] or 0)}"]
+    lines += [f"  {name} = {format_value(value)}" for name, value in values["metrics"].items()]
+    lines += [f"  {name}: {format_value(value)}" for name, value in result.outputs.items()]
     emit(values, json_wanted, "\n".join(lines))
 
 

@@ -39,7 +39,7 @@ def traffic(name: str, shares: tuple[str, ...], json_wanted: bool) -> None:
     wanted = {}
     for pair in shares:
         revision, sign, share = pair.partition("=")
-        if not sign or not share.isdigit():
+        if not sign or not share.isdecimal():
             raise SpecError(f"{pair!r} is not of the form REVISION=SHARE, e.g. rev-2=10")
         wanted[revision] = int(share)
     endpoint(name).traffic(wanted)

@@ -7,11 +7,13 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import mlfuncs as ml
 from mlfuncs.cli import COMMANDS, cli, main
 from mlfuncs.cli.output import parse_assignments, parse_data
 from mlfuncs.errors import InvalidInput, SpecError
@@ -121,6 +123,52 @@ def test_run_gives_the_run(ask: Any):
     assert "adding 40 2" in ask("logs", run["id"][:16])["lines"]
 
 
+def test_what_a_run_gave_is_short_for_people(capsys: pytest.CaptureFixture[str], file: Path):
+    file.with_name("fit.py").write_text(
+        "import mlfuncs as ml, pandas as pd\n"
+        "def fit(n: int) -> pd.DataFrame:\n    ml.log_metric('auc', 2 / 3)\n    return pd.DataFrame({'a': range(n)})\n"
+    )
+    main(["run", "fit.py:fit", "--param", "n=3"])
+    first, metric, output = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"run \w{20} succeeded in .+ m?s", first)
+    assert metric == "  auc = 0.666667"
+    assert re.fullmatch(r"  output: <artifact parquet pandas.* KiB \w{12}>", output)
+
+
+def test_the_log_of_a_run_is_followed_until_it_ends(file: Path, tmp_path: Path):
+    file.with_name("slow.py").write_text(
+        "import pathlib, time\n"
+        "def slow() -> int:\n"
+        "    print('begun', flush=True)\n"
+        f"    while not pathlib.Path({str(tmp_path / 'go')!r}).exists(): time.sleep(0.02)\n"
+        "    print('the end', end='', flush=True)\n"
+        "    return 1\n"
+    )
+    command = [sys.executable, "-m", "mlfuncs"]
+    run = [*command, "run", "slow.py:slow", "--isolated", "--json"]
+    running = subprocess.Popen(run, stdout=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not (runs := ml.list_runs(status="running")) or "begun" not in runs[0].logs:
+            assert time.monotonic() < deadline and running.poll() is None
+            time.sleep(0.05)
+        following = subprocess.Popen([*command, "logs", runs[0].id, "-f"], stdout=subprocess.PIPE, text=True)
+        assert following.stdout is not None and running.stdout is not None
+        assert following.stdout.readline() == "begun\n"
+    finally:
+        (tmp_path / "go").touch()
+    assert following.stdout.read() == "the end\n"
+    assert (following.wait(120), running.wait(120)) == (0, 0)
+    assert json.loads(running.stdout.read())["outputs"] == {"output": 1}
+
+
+def test_functions_are_listed_with_the_newest_first(ask: Any):
+    for name in ("plain", "add", "handler"):
+        ask("deploy", f"work.py:{name}", "--target", "memory")
+    assert [row["name"] for row in ask("ls", "functions")["functions"]] == ["handler", "add", "plain"]
+    assert [row["name"] for row in ask("ls", "functions", "--limit", "1")["functions"]] == ["handler"]
+
+
 def test_a_failing_run_says_why_and_fails(capsys: pytest.CaptureFixture[str]):
     status, out, err = fails(capsys, "run", "work.py:broken", "--param", "x=1", "--json")
     assert status == 1
@@ -193,6 +241,7 @@ def test_traffic_between_revisions(ask: Any, file: Path):
         (["deploy", "absent.py:f"], "NotFound", "absent.py"),
         (["deploy", "work.py:Model"], "SpecError", "needs 'weight'"),
         (["traffic", "plain", "rev-1"], "SpecError", "REVISION=SHARE"),
+        (["traffic", "plain", "rev-1=²"], "SpecError", "REVISION=SHARE"),
         (["invoke", "absent", "--data", "{}"], "NotFound", "absent"),
         (["invoke", "absent", "--data", "{x}"], "", "absent"),
         (["logs", "absent"], "NotFound", "ls runs"),
@@ -262,6 +311,9 @@ def test_values_on_the_command_line(tmp_path: Path):
         parse_data("{x}")
     with pytest.raises(InvalidInput, match="cannot be read"):
         parse_data("@/no/such/file")
+    (tmp_path / "data.bin").write_bytes(b"\xff\xfe")
+    with pytest.raises(InvalidInput, match="no UTF-8 text"):
+        parse_data(f"@{tmp_path}/data.bin")
 
 
 def test_params_of_a_run_are_read_as_the_functions_own_types(ask: Any, file: Path):

@@ -102,6 +102,10 @@ def test_more_than_the_total_is_a_full_bar():
     assert State("x", 2, done=3).fraction == 1.0
 
 
+def test_a_failed_job_says_so_in_a_notebook():
+    assert "<code>Loading  1/2  failed</code>" in render_bar(State("Loading", 2, done=1, finished=True, failed=True))
+
+
 def test_notes_are_escaped_in_a_notebook():
     assert "<b>" not in render_bar(State("<b>", 1, note="<b>"))
 

@@ -413,6 +413,10 @@ def test_what_cannot_be_taken_over_is_named(tmp_path):
     for cell, word in (("%nuclio magicword x", "magicword"), ("%nuclio config a b", "config a b")):
         with pytest.raises(SpecError, match=word):
             read_notebook(notebook(tmp_path, cell))
+    with pytest.raises(SpecError, match=r"'gone\.env' of '%nuclio env_file' cannot be read"):
+        read_notebook(notebook(tmp_path, "%nuclio env_file gone.env"))
+    with pytest.raises(SpecError, match="cpu 'two'"):
+        spec_options(read_notebook(notebook(tmp_path, '%nuclio config spec.resources.limits.cpu = "two"', HANDLER)))
     (tmp_path / "go.yaml").write_text("spec: {runtime: golang}")
     with pytest.raises(SpecError, match="golang"):
         load_deployable(str(tmp_path / "go.yaml"))
