@@ -17,6 +17,8 @@ import mlfuncs as ml
 from mlfuncs.errors import MlfuncsError, RunFailed, SpecError, Unavailable
 from mlfuncs.runs.sweep_dask import worker_settings
 
+pytestmark = pytest.mark.timeout(900)
+WAIT_S = 240  # for what takes seconds on an idle machine
 OPTIONS = {"n_workers": 2, "threads_per_worker": 2, "processes": True, "dashboard_address": ":0"}
 
 
@@ -138,14 +140,14 @@ def test_ctrl_c_ends_the_points_on_the_cluster_and_marks_them(address: str, tmp_
     (tmp_path / "sweeping.py").write_text(INTERRUPTED)
     command = [sys.executable, "sweeping.py", address, str(tmp_path)]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + WAIT_S
     while not all((tmp_path / f"{n}.pid").exists() for n in (2, 3)):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
     pids = [int((tmp_path / f"{n}.pid").read_text()) for n in (2, 3)]
     process.send_signal(signal.SIGINT)
     _, shown = process.communicate(timeout=120)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + WAIT_S
     while any(Path(f"/proc/{pid}").exists() for pid in pids):
         assert time.monotonic() < deadline, "a point still runs on its worker"
         time.sleep(0.05)
@@ -212,7 +214,7 @@ def test_a_point_whose_worker_is_killed_runs_on_another_one(address: str, tmp_pa
         return a
 
     def kill_the_worker() -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + WAIT_S
         while not (marks := list(tmp_path.glob("1-*"))) and time.monotonic() < deadline:
             time.sleep(0.02)
         os.kill(int(marks[0].name.split("-")[1]), signal.SIGKILL)
