@@ -329,3 +329,35 @@ def test_sees_threads_beside_the_calling_one() -> None:
     assert len(other_threads()) == before + 1
     stop.set()
     thread.join()
+
+
+_HOLES = """
+import ctypes, json
+from mlfuncs_runtime.worker import heap
+
+libc = ctypes.CDLL(None)
+if not hasattr(libc, "mallinfo2"):
+    print("null")
+    raise SystemExit
+
+def holes():
+    libc.mallinfo2.restype = heap._Mallinfo
+    told = libc.mallinfo2()
+    return told.fordblks - told.keepcost
+
+blocks = [bytearray(600 + 16 * (n % 200)) for n in range(2000)]
+del blocks[::2]
+before = holes()
+heap.fill_holes()
+print(json.dumps([before, holes()]))
+"""
+
+
+def test_the_holes_of_the_heap_are_taken_before_a_fork(require: Any) -> None:
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in ("", "runtime"))}
+    told = subprocess.run([sys.executable, "-c", _HOLES], env=environ, check=True, capture_output=True, timeout=120)
+    found = json.loads(told.stdout)
+    require("glibc 2.33 or newer", found is not None)
+    before, after = found
+    assert before > 1_000_000
+    assert after < before / 10

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _HUGE = 2 * 2**20  # bytes of a huge page on x86-64 and on arm64 with 4 KiB pages
+_LARGEST_HOLE, _SMALLEST_BLOCK, _BLOCK_HEAD = 65_536, 32, 8  # bytes; malloc(3) of glibc on 64 bits
 _MADV_COLLAPSE = 25  # madvise(2), Linux 6.1
 
 
@@ -20,10 +21,37 @@ def settle() -> None:
     """
     gc.collect()
     gc.freeze()
+    fill_holes()
     madvise = ctypes.CDLL(None).madvise
     for start, end in heap_ranges(Path("/proc/self/maps").read_text(encoding="utf-8")):
         for address in range(-(-start // _HUGE) * _HUGE, end - _HUGE + 1, _HUGE):
             madvise(ctypes.c_void_p(address), ctypes.c_size_t(_HUGE), _MADV_COLLAPSE)
+
+
+class _Mallinfo(ctypes.Structure):
+    """What mallinfo2(3) tells: `fordblks` free bytes, `keepcost` of them at the heap's end."""
+
+    _others = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks")
+    _fields_ = [(name, ctypes.c_size_t) for name in (*_others, "fordblks", "keepcost")]
+
+
+def fill_holes() -> None:
+    """Take what is free between the blocks of glibc's heap, for good: a child's own blocks then lie together behind it.
+
+    In the holes each of them would copy a page: 0.5 MiB of a worker's 9.8 (measured with numpy, pandas and
+    scikit-learn). Other C libraries than glibc do not tell their holes, and keep them.
+    """
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallinfo2"):
+        return
+    libc.mallinfo2.restype = _Mallinfo
+    libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
+    size = _LARGEST_HOLE
+    while size >= _SMALLEST_BLOCK:
+        end = libc.mallinfo2().keepcost
+        libc.malloc(size - _BLOCK_HEAD)
+        if libc.mallinfo2().keepcost != end:  # it came from the heap's end: no hole is that large any more
+            size = size * 3 // 4 // 16 * 16
 
 
 def heap_ranges(maps: str) -> Iterator[tuple[int, int]]:
