@@ -52,20 +52,19 @@ def make_table(count: int, entities: int) -> Any:
 
 def compute(table: Any, windows: dict[str, int]) -> dict[str, Any]:
     """The feature store's kernels: numpy columns by name, entities and times with them, in entity order."""
-    import numpy as np
     import pyarrow as pa
 
     from mlfuncs_featurestore import Aggregation, asof_kernels
-    from mlfuncs_featurestore.arrays import int64s
+    from mlfuncs_featurestore.arrays import int64s, whole
     from mlfuncs_featurestore.types import parse_type
-    from mlfuncs_featurestore.windows import FOREVER, Events, Moments, aggregate
+    from mlfuncs_featurestore.windows import Events, Moments, aggregate
 
     at, users = int64s(table["happened"]), int64s(table["user_id"])
     ids, n, _, _ = asof_kernels.number_ints(users)
     order, starts = asof_kernels.group_events(ids, n, at, at, at)
     moments = at[order]
-    amounts = table["amount"].combine_chunks().take(pa.array(order))
-    events = Events(starts, moments, moments, np.full(len(at), FOREVER))
+    amounts = whole(table["amount"]).take(pa.array(order))
+    events = Events(starts, moments, moments)
     chosen = Aggregation("amount", FUNCTIONS, windows=[f"{seconds}s" for seconds in windows.values()])
     features = chosen.features({"amount": parse_type("float64")})
     found = aggregate(features, events, {"amount": amounts}, Moments(starts, moments))

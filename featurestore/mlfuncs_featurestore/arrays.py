@@ -28,20 +28,33 @@ def for_kernel(array: np.ndarray) -> np.ndarray:
     return plain if plain.flags.writeable else np.asarray(_Shown(plain))
 
 
+def whole(column: pa.ChunkedArray | pa.Array) -> pa.Array:
+    """A column as one array; copied only where it has several chunks."""
+    if not isinstance(column, pa.ChunkedArray):
+        return column
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def nullable(values: np.ndarray, present: np.ndarray, kind: pa.DataType) -> pa.Array:
+    """Numbers in the memory of `values` as an array of the fixed-width type `kind`; null where `present` is 0."""
+    bits = None if present.all() else pa.py_buffer(np.packbits(present != 0, bitorder="little"))
+    return pa.Array.from_buffers(kind, len(values), [bits, pa.py_buffer(np.ascontiguousarray(values))])
+
+
 def int64s(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
     """A column of whole numbers, dates or times as int64 for a kernel; nulls are 0."""
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    array = whole(column)
     if pa.types.is_boolean(array.type):
         array = array.cast(pa.int8())
     elif pa.types.is_date32(array.type):
         array = array.cast(pa.int32())
-    whole = array.cast(pa.int64())
-    return for_kernel((whole.fill_null(0) if whole.null_count else whole).to_numpy(zero_copy_only=False))
+    numbers = array.cast(pa.int64())
+    return for_kernel((numbers.fill_null(0) if numbers.null_count else numbers).to_numpy(zero_copy_only=False))
 
 
 def float64s(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
     """A column of numbers as float64 for a kernel; nulls are 0."""
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    array = whole(column)
     floats = array.cast(pa.float64())
     return for_kernel((floats.fill_null(0.0) if floats.null_count else floats).to_numpy(zero_copy_only=False))
 

@@ -229,7 +229,7 @@ class _Events:
         order, starts = kernels.group_events(ids, history.entities.count, event, created, ingest)
         picked = pa.array(order)
         known = np.maximum(event, created) if aware and view.created_timestamp else event
-        until = np.full(len(ids), FOREVER)
+        until = None
         if view.event_id:
             deleted = values[DELETED].combine_chunks().fill_null(False).to_numpy(zero_copy_only=False)
             codes = values[view.event_id].combine_chunks().dictionary_encode().indices.fill_null(-1)
@@ -238,7 +238,8 @@ class _Events:
             until = replaced_at(versions, timed=bool(aware and view.created_timestamp))
             known = np.where(deleted, FOREVER, known)
         self.refs, self.event_us = refs[order], event[order]
-        self.grouped = Events(starts, self.event_us, known[order], until[order])
+        known = self.event_us if known is event else known[order]
+        self.grouped = Events(starts, self.event_us, known, until if until is None else until[order])
         self.columns = {name: values[name].combine_chunks().take(picked) for name in columns}
 
     def latest(self, moments: Moments) -> tuple[np.ndarray, np.ndarray]:
@@ -247,8 +248,7 @@ class _Events:
 
         index = np.empty(len(moments.at_us), np.int64)
         events, everything = self.grouped, np.ones(len(self.refs), np.uint8)
-        base = (events.starts, events.event_us, events.known_us, events.until_us, everything)
-        ends(*base, moments.starts, moments.at_us, _ALWAYS, LAST, index)
+        ends(*events.arrays, everything, moments.starts, moments.at_us, _ALWAYS, LAST, index)
         if not len(self.refs):
             return index, np.zeros(len(index), np.int64)
         return np.where(index < 0, -1, self.refs[index]), self.event_us[index]

@@ -22,24 +22,43 @@ def _slot(value, mask):
     return np.int64((z ^ (z >> np.uint64(31))) & mask)
 
 
+@njit(cache=True)
+def _enlarged(slots, numbers):
+    """The hash table with four times the places."""
+    size = 4 * len(slots)
+    mask = np.uint64(size - 1)
+    more_slots, more_numbers = np.zeros(size, np.int64), np.full(size, -1, np.int64)
+    for i in range(len(slots)):
+        if numbers[i] >= 0:
+            at = _slot(slots[i], mask)
+            while more_numbers[at] >= 0:
+                at = (at + 1) & (size - 1)
+            more_slots[at], more_numbers[at] = slots[i], numbers[i]
+    return more_slots, more_numbers
+
+
 @njit(cache=True, nogil=True)
 def number_ints(values):
-    """Dense ids of int64 values in order of appearance, and the hash table (values, ids) that `find_ints` takes."""
-    size = 16
-    while size < 2 * len(values):
-        size *= 2
-    mask = np.uint64(size - 1)
-    slots, numbers = np.zeros(size, np.int64), np.full(size, -1, np.int64)
+    """Dense ids of int64 values in order of appearance, and the hash table (values, ids) that `find_ints` takes.
+
+    The table grows with the different values, at most half full: that of few entities stays in the cache.
+    """
+    slots, numbers = np.zeros(1024, np.int64), np.full(1024, -1, np.int64)
     ids = np.empty(len(values), np.int64)
     n = 0
     for i in range(len(values)):
-        at = _slot(values[i], mask)
+        size = len(slots)
+        at = _slot(values[i], np.uint64(size - 1))
         while numbers[at] >= 0 and slots[at] != values[i]:
             at = (at + 1) & (size - 1)
         if numbers[at] < 0:
             slots[at], numbers[at] = values[i], n
             n += 1
-        ids[i] = numbers[at]
+            ids[i] = n - 1
+            if 2 * n > size:
+                slots, numbers = _enlarged(slots, numbers)
+        else:
+            ids[i] = numbers[at]
     return ids, n, slots, numbers
 
 
@@ -65,38 +84,34 @@ def find_ints(values, slots, numbers):
 @njit(cache=True, nogil=True)
 def group(ids, n, at):
     """Rows ordered by id and then time (stable): the order, and where each id starts."""
-    starts = np.zeros(n + 1, np.int64)
-    for i in range(len(ids)):
-        starts[ids[i] + 1] += 1
-    for e in range(n):
-        starts[e + 1] += starts[e]
-    place, order = starts[:-1].copy(), np.empty(len(ids), np.int64)
-    for i in range(len(ids)):
-        order[place[ids[i]]] = i
-        place[ids[i]] += 1
-    spare = np.empty(len(ids), np.int64)
-    for e in range(n):
-        _sort(order, spare, starts[e], starts[e + 1], at, at, at)
-    return order, starts
+    return group_events(ids, n, at, at, at)
 
 
 @njit(cache=True, nogil=True)
 def group_events(ids, n, event, created, ingest):
-    """Rows with an id >= 0 ordered by id and then event order: the order, and where each id starts."""
+    """Rows with an id >= 0 ordered by id and then event order (stable): the order, and where each id starts."""
     starts = np.zeros(n + 1, np.int64)
     for i in range(len(ids)):
         if ids[i] >= 0:
             starts[ids[i] + 1] += 1
+    size = 0
     for e in range(n):
+        size = max(size, starts[e + 1])
         starts[e + 1] += starts[e]
     place, order = starts[:-1].copy(), np.empty(starts[n], np.int64)
+    latest, is_sorted = np.empty(n, np.int64), np.ones(n, np.uint8)
     for i in range(len(ids)):
-        if ids[i] >= 0:
-            order[place[ids[i]]] = i
-            place[ids[i]] += 1
-    spare = np.empty(len(order), np.int64)
+        e = ids[i]
+        if e >= 0:
+            if place[e] > starts[e] and event[i] <= latest[e]:
+                is_sorted[e] = 0  # or of one time: `_sort` looks closer
+            latest[e] = event[i]
+            order[place[e]] = i
+            place[e] += 1
+    spare = np.empty(size, np.int64)
     for e in range(n):
-        _sort(order, spare, starts[e], starts[e + 1], event, created, ingest)
+        if not is_sorted[e]:
+            _sort(order, spare, starts[e], starts[e + 1], event, created, ingest)
     return order, starts
 
 
@@ -111,7 +126,7 @@ def _greater(i, j, event, created, ingest):
 
 @njit(cache=True)
 def _sort(order, spare, first, last, event, created, ingest):
-    """Merge sort of order[first:last], stable; what is sorted already costs one look."""
+    """Merge sort of order[first:last], stable; what is sorted already costs one look. `spare` is as long as that."""
     is_sorted = True
     for i in range(first + 1, last):
         if _greater(order[i - 1], order[i], event, created, ingest):
@@ -126,13 +141,13 @@ def _sort(order, spare, first, last, event, created, ingest):
             i, j = low, middle
             for k in range(low, high):
                 if i < middle and (j >= high or not _greater(order[i], order[j], event, created, ingest)):
-                    spare[k] = order[i]
+                    spare[k - first] = order[i]
                     i += 1
                 else:
-                    spare[k] = order[j]
+                    spare[k - first] = order[j]
                     j += 1
         for k in range(first, last):
-            order[k] = spare[k]
+            order[k] = spare[k - first]
         width *= 2
 
 

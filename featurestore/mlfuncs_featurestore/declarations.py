@@ -19,6 +19,7 @@ from mlfuncs_featurestore.types import FeatureType, parse_type
 FUNCTIONS = ("sum", "mean", "count", "min", "max", "std", "first", "last", "count_distinct", "top_k")
 NUMBERS_ONLY = ("sum", "mean", "std")
 ORDERED_ONLY = ("min", "max")  # numbers, timestamps and dates
+SUMMED_DIGITS = 28  # of decimals: ten billion events of the largest are below 10**38
 ACTIONS = ("reject", "quarantine", "warn")
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,62}")
@@ -133,9 +134,15 @@ def _window(window: Any) -> str:
 
 
 def _result_type(column: str, function: str, source: FeatureType) -> FeatureType:
-    if function in NUMBERS_ONLY and not source.is_number:
+    is_decimal = source.kind == "decimal"
+    if function in NUMBERS_ONLY and not (source.is_number or is_decimal):
         raise SpecError(f"{function} needs numbers and {column!r} is {source}; store it as float64 or int64")
-    if function in ORDERED_ONLY and not (source.is_number or source.kind in ("timestamp", "date")):
+    if function in ("sum", "mean") and source.precision > SUMMED_DIGITS:
+        raise SpecError(
+            f"{function} takes decimals of at most {SUMMED_DIGITS} digits, so that no sum of them leaves 38, and "
+            f"{column!r} is {source}"
+        )
+    if function in ORDERED_ONLY and not (source.is_number or is_decimal or source.kind in ("timestamp", "date")):
         raise SpecError(f"{function} needs numbers or times and {column!r} is {source}")
     if function in ("count_distinct", "top_k") and source.kind in ("list", "vector", "struct", "decimal"):
         raise SpecError(f"{function} needs values that compare as a whole and {column!r} is {source}")
@@ -143,6 +150,8 @@ def _result_type(column: str, function: str, source: FeatureType) -> FeatureType
         return parse_type("int64")
     if function in ("mean", "std"):
         return parse_type("float64")
+    if function == "sum" and is_decimal:
+        return FeatureType("decimal", precision=38, scale=source.scale)
     if function == "sum":
         return parse_type("float64" if source.kind in ("float32", "float64") else "int64")
     return FeatureType("list", element=source) if function == "top_k" else source

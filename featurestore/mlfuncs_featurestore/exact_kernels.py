@@ -10,7 +10,9 @@ the order of the values, and equals `math.fsum`.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+from llvmlite.ir import Constant, IntType
+from numba import njit, types
+from numba.extending import intrinsic
 
 LIMBS = 72  # 32 bits each: 2046 exponents + 53 bits + 2**31 values
 SQUARE_LIMBS = 2 * LIMBS
@@ -32,29 +34,20 @@ def split(bits):
     return exponent, mantissa | IMPLICIT
 
 
+@intrinsic
+def _leading_zeros(_context, value):
+    """Bits of a uint64 above its highest set one; 64 for 0. One instruction where a loop would guess branches."""
+
+    def generate(_context, builder, _signature, arguments):
+        return builder.ctlz(arguments[0], Constant(IntType(1), 0))
+
+    return types.uint64(types.uint64), generate
+
+
 @njit(cache=True)
 def bit_length(value):
     """Bits of a uint64 up to its highest set one."""
-    n = 0
-    if value >> np.uint64(32):
-        n += 32
-        value >>= np.uint64(32)
-    if value >> np.uint64(16):
-        n += 16
-        value >>= np.uint64(16)
-    if value >> np.uint64(8):
-        n += 8
-        value >>= np.uint64(8)
-    if value >> np.uint64(4):
-        n += 4
-        value >>= np.uint64(4)
-    if value >> np.uint64(2):
-        n += 2
-        value >>= np.uint64(2)
-    if value >> np.uint64(1):
-        n += 1
-        value >>= np.uint64(1)
-    return n + int(value)
+    return 64 - np.int64(_leading_zeros(np.uint64(value)))  # type: ignore[call-arg]
 
 
 @njit(cache=True)
@@ -67,38 +60,31 @@ def scale(whole, power):
 
 @njit(cache=True)
 def round_128(high, low, power):
-    """The float64 nearest to the signed 128-bit integer (high, low) times 2**power; power >= -1074."""
-    negative = high < 0
+    """The float64 nearest to the signed 128-bit integer (high, low) times 2**power; power >= -1074.
+
+    The processor rounds 64 bits to 53; whatever lies below the highest 64 is folded into the last of them, where it
+    only tells "more than half" from "half".
+    """
     a, b = np.uint64(high), low
-    if negative:
+    if high < 0:
         b = ~b + np.uint64(1)
         a = ~a + (np.uint64(1) if b == np.uint64(0) else np.uint64(0))
-    length = 64 + bit_length(a) if a else bit_length(b)
-    if length <= 53:
-        value = scale(np.int64(b), power)
-        return -value if negative else value
-    drop = length - 53
-    if drop < 64:
-        d = np.uint64(drop)
-        whole = (b >> d) | (a << (np.uint64(64) - d))
-        rest = b & ((np.uint64(1) << d) - np.uint64(1))
-        half = np.uint64(1) << (d - np.uint64(1))
-        above, tie = rest > half, rest == half
+    if a == np.uint64(0):
+        value = _times_power(np.float64(b), power)
     else:
-        d = np.uint64(drop - 64)
-        whole = a >> d
-        rest = a & ((np.uint64(1) << d) - np.uint64(1))
-        if drop == 64:
-            half = np.uint64(1) << np.uint64(63)
-            above, tie = b > half, b == half
-        else:
-            half = np.uint64(1) << (d - np.uint64(1))
-            above = rest > half or (rest == half and b > np.uint64(0))
-            tie = rest == half and b == np.uint64(0)
-    if above or (tie and (whole & np.uint64(1))):
-        whole += np.uint64(1)
-    value = scale(np.int64(whole), power + drop)
-    return -value if negative else value
+        up = np.uint64(64 - bit_length(a))
+        rest = b << up
+        top = (a << up) | ((b >> np.uint64(1)) >> (np.uint64(63) - up))
+        if rest != np.uint64(0):
+            top |= np.uint64(1)
+        value = _times_power(np.float64(top), power + 64 - np.int64(up))
+    return -value if high < 0 else value
+
+
+@njit(cache=True)
+def _times_power(whole, power):
+    """whole * 2**power for a float64 that is whole (beyond 1023: not 0): exact, as power >= -1074, or infinite."""
+    return whole * POWERS[power + 1074] if power <= 1023 else np.inf
 
 
 @njit(cache=True)

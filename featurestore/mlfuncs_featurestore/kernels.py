@@ -43,14 +43,24 @@ def dispatchers() -> list[Any]:
 
 
 def _calls() -> list[tuple[Callable[..., Any], tuple[Any, ...]]]:
-    from mlfuncs_featurestore import asof_kernels, hash_kernels, window_kernels
+    from mlfuncs_featurestore import (
+        asof_kernels,
+        distinct_kernels,
+        hash_kernels,
+        spread_kernels,
+        sum_kernels,
+        window_kernels,
+    )
 
     i8, u8, bits = np.zeros(2, np.int64), np.zeros(2, np.uint64), np.ones(2, np.float64).view(np.int64)
-    valid, starts, out, count = np.ones(2, np.uint8), np.array([0, 2], np.int64), np.zeros(2), np.zeros(2, np.int64)
+    valid, starts, count = np.ones(2, np.uint8), np.array([0, 2], np.int64), np.zeros(2, np.int64)
     base = (starts, i8, i8, np.full(2, 2**63 - 1))
     fifo = np.ones(1, np.uint8)
     at = (starts, i8, 5)
-    prefixes = window_kernels.float_prefixes(starts, fifo, bits, valid)
+    events, moments, rows = (*base, fifo), (starts, i8), np.full((3, 1), -1)
+    summands = (sum_kernels.FLOATS, bits, i8[:0], valid, 1.0)
+    out = (np.zeros((1, 2)), np.zeros((1, 2), np.int64), np.zeros((1, 2, 2), np.int64))
+    found = np.zeros((1, 2), np.uint8)
     _, n, slots, numbers = asof_kernels.number_ints(i8)
     best = np.full((4, 2), -1, np.int64)
     return [
@@ -65,15 +75,12 @@ def _calls() -> list[tuple[Callable[..., Any], tuple[Any, ...]]]:
         (asof_kernels.note, (i8, i8, i8, i8, True, 0, starts, i8, best)),
         (asof_kernels.sweep, (starts, best)),
         (window_kernels.find_fifo, (starts, i8, i8)),
-        (window_kernels.float_prefixes, (starts, fifo, bits, valid)),
-        (window_kernels.prefix_sums, (*base[:3], prefixes, *at, out, count)),
-        (window_kernels.float_sums, (*base, bits, valid, i8[:1], *at, out, count)),
-        (window_kernels.int_sums, (*base, fifo, i8, valid, *at, i8.copy(), out, count)),
-        (window_kernels.float_spreads, (*base, fifo, bits, valid, *at, out, count)),
-        (window_kernels.largest, (*base, fifo, i8, valid, *at, count)),
+        (window_kernels.window_extremes, (events, (i8, valid, True, True), moments, i8[:1], out[1], found)),
         (window_kernels.ends, (*base, valid, *at, 0, count)),
-        (window_kernels.distinct, (*base, i8, 1, u8, *at, 5, count)),
-        (window_kernels.top_codes, (*base, i8, 1, *at, 2, np.zeros((2, 2), np.int64), count)),
+        (sum_kernels.window_sums, (events, summands, moments, i8[:1], rows, out)),
+        (spread_kernels.float_spreads, (*base, fifo, bits, valid, *at, out[0][0], count)),
+        (distinct_kernels.distinct, (*base, i8, 1, u8, *at, 5, count)),
+        (distinct_kernels.top_codes, (*base, i8, 1, *at, 2, np.zeros((2, 2), np.int64), count)),
     ]
 
 

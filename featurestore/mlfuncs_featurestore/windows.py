@@ -8,11 +8,13 @@ At moment t the window of length w holds the events with t - w < event time <= t
 with t alone: they lose events when nothing new comes. Null values are left out; NaN is a value.
 
     count            how many values; 0 in an empty window
-    sum              the exact sum, rounded once to the nearest float64 (integers: exact int64); 0 in an empty window.
-                     NaN with a NaN or with both infinities in the window
-    mean             the exact sum rounded to float64, divided by count; null in an empty window
+    sum              the exact sum, rounded once to the nearest float64 (integers: exact int64, decimals: exact with 38
+                     digits); 0 in an empty window. NaN with a NaN or with both infinities in the window
+    mean             the exact sum rounded to float64, divided by count (decimals of scale s: the exact sum of their
+                     last places rounded to float64, divided by count * 10**s); null in an empty window
     std              of a sample: sqrt(r / (n (n - 1))) with r = n sum(x**2) - (sum x)**2 exact and rounded once
-                     (integers: of their float64 values); null below two values, NaN with a NaN or an infinity
+                     (integers and decimals: of their float64 values); null below two values, NaN with a NaN or an
+                     infinity
     min, max         NaN is beyond both ends; -0.0 is below 0.0; null in an empty window
     first, last      by event order; null in an empty window
     count_distinct   exact up to `exact_bound` values, above it the HyperLogLog estimate; NaNs are one value
@@ -32,41 +34,65 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from mlfuncs.errors import InvalidInput
-from mlfuncs_featurestore import window_kernels as kernels
-from mlfuncs_featurestore.arrays import float64s, int64s, validity
+from mlfuncs_featurestore import distinct_kernels, spread_kernels, window_kernels
+from mlfuncs_featurestore.arrays import nullable
 from mlfuncs_featurestore.declarations import AggregateFeature
 from mlfuncs_featurestore.hashing import hash_array
+from mlfuncs_featurestore.sum_kernels import window_sums
+from mlfuncs_featurestore.window_columns import WindowColumn
 
 FOREVER = 2**63 - 1
+_EMPTY = np.empty(0, np.int64)
+_Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+_At = tuple[np.ndarray, np.ndarray, int]  # where each entity's moments start, the moments, the window
 
 
 @dataclass(frozen=True)
 class Events:
     """Events grouped by entity: those of entity e are [starts[e], starts[e + 1]), in event order. Times in us.
 
-    All int64: `starts` (entities + 1,), the others one entry per event.
+    All int64: `starts` (entities + 1,), the others one entry per event. Without `replaced_us` none ever is.
     """
 
     starts: np.ndarray
     event_us: np.ndarray
     known_us: np.ndarray
-    until_us: np.ndarray
+    replaced_us: np.ndarray | None = None
 
     @classmethod
     def of_one(cls, event_us: Any, known_us: Any = None, until_us: Any = None) -> Events:
         """The events of one entity, in event order; known when they happen and never replaced unless given."""
         event = np.asarray(event_us, np.int64)
         known = event if known_us is None else np.maximum(event, np.asarray(known_us, np.int64))
-        until = np.full(len(event), FOREVER) if until_us is None else np.asarray(until_us, np.int64)
+        until = None if until_us is None else np.asarray(until_us, np.int64)
         return cls(np.array([0, len(event)], np.int64), event, known, until)
 
     @cached_property
     def fifo(self) -> np.ndarray:
-        """Per entity, whether its events become known in event order and stay."""
-        return kernels.find_fifo(self.starts, self.known_us, self.until_us)
+        """Per entity, whether its events become known in event order and stay (uint8)."""
+        if self.replaced_us is None and self.known_us is self.event_us:
+            return np.ones(len(self.starts) - 1, np.uint8)
+        until = _EMPTY if self.replaced_us is None else self.replaced_us
+        return window_kernels.find_fifo(self.starts, self.known_us, until)
+
+    @cached_property
+    def until_us(self) -> np.ndarray:
+        """When each event was replaced; FOREVER: never."""
+        return np.full(len(self.event_us), FOREVER) if self.replaced_us is None else self.replaced_us
+
+    @property
+    def arrays(self) -> _Arrays:
+        """(starts, event, known, until), as kernels take them that look at `until` of every event."""
+        return self.starts, self.event_us, self.known_us, self.until_us
+
+    @property
+    def sliding(self) -> tuple[np.ndarray, ...]:
+        """(starts, event, known, until, fifo), as kernels take them that look at `until` only where not fifo."""
+        if self.replaced_us is None and self.fifo.all():
+            return self.starts, self.event_us, self.known_us, _EMPTY, self.fifo
+        return *self.arrays, self.fifo
 
 
 @dataclass(frozen=True)
@@ -91,156 +117,107 @@ def aggregate(
     `columns` holds the values of the events, one array per column that the features name. Raises InvalidInput when a
     sum of integers leaves int64.
     """
-    groups: dict[tuple[str, int], list[AggregateFeature]] = {}
+    groups: dict[str, list[AggregateFeature]] = {}
     for feature in features:
-        groups.setdefault((feature.column, feature.window_us), []).append(feature)
-    prepared = {column: _Column(columns[column]) for column, _ in groups}
+        groups.setdefault(feature.column, []).append(feature)
     results: dict[str, pa.Array] = {}
-    for (column, window_us), wanted in groups.items():
-        window = _Window(events, prepared[column], moments, window_us)
-        results.update({feature.name: _evaluate(window, feature) for feature in wanted})
+    for name, wanted in groups.items():
+        windows = _Windows(events, WindowColumn(columns[name]), moments)
+        results.update(windows.sums([one for one in wanted if one.function in _SUMS]))
+        for function in ("min", "max"):
+            results.update(windows.extremes(function, [one for one in wanted if one.function == function]))
+        for one in wanted:
+            if one.name not in results:
+                results[one.name] = windows.single(one)
     return {feature.name: results[feature.name] for feature in features}
 
 
-def _evaluate(window: _Window, feature: AggregateFeature) -> pa.Array:
-    function = feature.function
-    if function == "count":
-        return pa.array(window.sums[2])
-    if function == "sum":
-        if window.column.is_int and window.sums[3]:
-            raise InvalidInput(f"{feature.name!r}: a sum of integers leaves int64; store {feature.column!r} as float64")
-        return pa.array(window.sums[0])
-    if function == "mean":
-        count = window.sums[2]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return pa.array(window.sums[1] / count, mask=count == 0)
-    if function == "std":
-        return window.std()
-    if function in ("min", "max", "first", "last"):
-        index = window.ends(function) if function in ("first", "last") else window.extreme(function)
-        return window.column.array.take(pa.array(index, mask=index < 0))
-    return window.distinct(feature.exact_bound) if function == "count_distinct" else window.top(feature.k)
+_SUMS = ("sum", "mean", "count")
+_FLOATS, _WHOLES, _DECIMALS = range(3)  # the outputs of `window_sums`
 
 
-class _Column:
-    """The values of the events in the forms that kernels take; each made when first needed."""
+class _Windows:
+    """One column at the moments, over windows of any lengths; windows of one kind are evaluated together."""
 
-    def __init__(self, array: pa.Array) -> None:
-        self.array = array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
-        self._prefixes: tuple[np.ndarray, Any] | None = None
-        self.is_int = pa.types.is_integer(self.array.type) or pa.types.is_boolean(self.array.type)
+    def __init__(self, events: Events, column: WindowColumn, moments: Moments) -> None:
+        self.events, self.column = events, column
+        self.at, self.size = (moments.starts, moments.at_us), len(moments.at_us)
 
-    @cached_property
-    def valid(self) -> np.ndarray:
-        return validity(self.array)
+    def sums(self, wanted: Sequence[AggregateFeature]) -> dict[str, pa.Array]:
+        """Sums, means and counts."""
+        if not wanted:
+            return {}
+        lengths, column = sorted({one.window_us for one in wanted}), self.column
+        sum_output = _DECIMALS if column.is_decimal else _WHOLES if column.is_int else _FLOATS
+        outputs = {"sum": sum_output, "mean": _FLOATS, "count": _WHOLES}
+        asked = {(one.function, one.window_us) for one in wanted}
+        asked |= {("count", one.window_us) for one in wanted if one.function == "mean"}  # says where there is none
+        rows, sizes = np.full((3, len(lengths)), -1, np.int64), [0, 0, 0]
+        for function, length in sorted(asked):
+            rows[_SUMS.index(function), lengths.index(length)] = sizes[outputs[function]]
+            sizes[outputs[function]] += 1
+        floats, wholes = np.empty((sizes[_FLOATS], self.size)), np.empty((sizes[_WHOLES], self.size), np.int64)
+        decimals = np.empty((sizes[_DECIMALS], self.size, 2), np.int64)
+        summands = column.summands(is_counted_only={one.function for one in wanted} == {"count"})
+        out, windows = (floats, wholes, decimals), np.array(lengths, np.int64)
+        fits = window_sums(self.events.sliding, summands, self.at, windows, rows, out)
+        results = {}
+        for one in wanted:
+            to_sum, to_mean, to_count = rows[:, lengths.index(one.window_us)]
+            if one.function == "count":
+                results[one.name] = pa.array(wholes[to_count])
+            elif one.function == "mean":
+                results[one.name] = nullable(floats[to_mean], wholes[to_count], one.type.arrow)
+            elif not fits[lengths.index(one.window_us)]:
+                raise InvalidInput(f"{one.name!r}: a sum of integers leaves int64; store {one.column!r} as float64")
+            else:
+                array = out[sum_output][to_sum]
+                results[one.name] = pa.Array.from_buffers(one.type.arrow, self.size, [None, pa.py_buffer(array)])
+        return results
 
-    @cached_property
-    def ints(self) -> np.ndarray:
-        """Integers, booleans, times and dates as int64; nulls are 0."""
-        return int64s(self.array)
+    def extremes(self, function: str, wanted: Sequence[AggregateFeature]) -> dict[str, pa.Array]:
+        """Minima or maxima."""
+        if not wanted:
+            return {}
+        windows = np.array(sorted({one.window_us for one in wanted}), np.int64)
+        out = np.empty((len(windows), self.size), np.int64)
+        found = np.empty((len(windows), self.size), np.uint8)
+        column = (self.column.ordered, self.column.valid, self.column.is_float, function == "max")
+        window_kernels.window_extremes(self.events.sliding, column, self.at, windows, out, found)
+        arrays = dict(zip(windows.tolist(), map(self.column.restored, out, found), strict=True))
+        return {one.name: arrays[one.window_us] for one in wanted}
 
-    @cached_property
-    def bits(self) -> np.ndarray:
-        """The float64 values' bits as int64; nulls are 0."""
-        return (self.ints.astype(np.float64) if self.is_int else float64s(self.array)).view(np.int64)
+    def single(self, feature: AggregateFeature) -> pa.Array:
+        """A feature of one window by itself."""
+        at, function = (*self.at, feature.window_us), feature.function
+        if function == "std":
+            return self._std(at)
+        if function in ("first", "last"):
+            index = np.empty(self.size, np.int64)
+            which = window_kernels.FIRST if function == "first" else window_kernels.LAST
+            window_kernels.ends(*self.events.arrays, self.column.valid, *at, which, index)
+            return self.column.array.take(pa.array(index, mask=index < 0))
+        return self._distinct(at, feature.exact_bound) if function == "count_distinct" else self._top(at, feature.k)
 
-    def prefixes(self, events: Events) -> tuple[np.ndarray, Any]:
-        """The bits to add up (zeros where only counting is defined) and their running sums; made once."""
-        if self._prefixes is None:
-            is_number = pa.types.is_floating(self.array.type)
-            bits = self.bits if is_number else np.zeros(len(self.array), np.int64)
-            self._prefixes = bits, kernels.float_prefixes(events.starts, events.fifo, bits, self.valid)
-        return self._prefixes
-
-    @cached_property
-    def highs(self) -> np.ndarray:
-        """int64 of which the greatest is the maximum's; NaN is on top."""
-        return self._ranks(True)
-
-    @cached_property
-    def lows(self) -> np.ndarray:
-        """int64 of which the greatest is the minimum's; NaN is on top."""
-        return self._ranks(False)
-
-    def _ranks(self, largest: bool) -> np.ndarray:
-        if not pa.types.is_floating(self.array.type):
-            return self.ints if largest else ~self.ints
-        ordered = self.bits ^ ((self.bits >> 63) & np.int64(FOREVER))
-        ordered = ordered if largest else ~ordered
-        is_nan = (self.bits & np.int64(FOREVER)) > np.int64(0x7FF0000000000000)
-        return np.where(is_nan, np.int64(FOREVER), ordered)
-
-    @cached_property
-    def coded(self) -> tuple[np.ndarray, pa.Array]:
-        """Each value's place among the sorted different values (null: -1), and those values."""
-        array = self.array
-        if pa.types.is_floating(array.type):  # one zero and one NaN
-            positive = pc.if_else(pc.equal(array, 0.0), pa.scalar(0.0, array.type), array)
-            array = pc.if_else(pc.is_nan(positive), pa.scalar(float("nan"), array.type), positive)
-        encoded = array.dictionary_encode()
-        order = pc.sort_indices(encoded.dictionary).to_numpy()
-        places = np.empty(len(order) + 1, np.int64)
-        places[order] = np.arange(len(order))
-        places[-1] = -1
-        indices = encoded.indices.fill_null(len(order)).to_numpy(zero_copy_only=False)
-        return places[indices], encoded.dictionary.take(pa.array(order))
-
-
-class _Window:
-    """One column over windows of one length; what several functions share is computed once."""
-
-    def __init__(self, events: Events, column: _Column, moments: Moments, window_us: int) -> None:
-        self.events, self.column, self.moments, self.window_us = events, column, moments, window_us
-        self._base = (events.starts, events.event_us, events.known_us, events.until_us)
-        self._at = (moments.starts, moments.at_us, window_us)
-        self._size = len(moments.at_us)
-
-    @cached_property
-    def sums(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
-        """Sums, sums as float64, counts of values, and whether an integer sum overflowed."""
-        total, count = np.empty(self._size), np.empty(self._size, np.int64)
-        column = self.column
-        if column.is_int:
-            whole = np.empty(self._size, np.int64)
-            base = (*self._base, self.events.fifo)
-            overflow = kernels.int_sums(*base, column.ints, column.valid, *self._at, whole, total, count)
-            return whole, total, count, overflow
-        bits, prefixes = column.prefixes(self.events)
-        kernels.prefix_sums(*self._base[:3], prefixes, *self._at, total, count)
-        if not prefixes[3].all():
-            kernels.float_sums(*self._base, bits, column.valid, prefixes[3], *self._at, total, count)
-        return total, total, count, False
-
-    def std(self) -> pa.Array:
-        spread, count = np.empty(self._size), np.empty(self._size, np.int64)
-        base = (*self._base, self.events.fifo)
-        kernels.float_spreads(*base, self.column.bits, self.column.valid, *self._at, spread, count)
+    def _std(self, at: _At) -> pa.Array:
+        spread, count = np.empty(self.size), np.empty(self.size, np.int64)
+        base = (*self.events.arrays, self.events.fifo)
+        spread_kernels.float_spreads(*base, self.column.bits, self.column.valid, *at, spread, count)
         pairs = count.astype(np.float64) * (count - 1).astype(np.float64)
         with np.errstate(divide="ignore", invalid="ignore"):
             return pa.array(np.sqrt(spread / pairs), mask=count < 2)
 
-    def extreme(self, function: str) -> np.ndarray:
-        index = np.empty(self._size, np.int64)
-        ranks = self.column.highs if function == "max" else self.column.lows
-        kernels.largest(*self._base, self.events.fifo, ranks, self.column.valid, *self._at, index)
-        return index
-
-    def ends(self, function: str) -> np.ndarray:
-        index = np.empty(self._size, np.int64)
-        which = kernels.FIRST if function == "first" else kernels.LAST
-        kernels.ends(*self._base, self.column.valid, *self._at, which, index)
-        return index
-
-    def distinct(self, bound: int) -> pa.Array:
+    def _distinct(self, at: _At, bound: int) -> pa.Array:
         codes, values = self.column.coded
-        count = np.empty(self._size, np.int64)
-        kernels.distinct(*self._base, codes, max(1, len(values)), hash_array(values), *self._at, bound, count)
+        count = np.empty(self.size, np.int64)
+        hashes = hash_array(values)
+        distinct_kernels.distinct(*self.events.arrays, codes, max(1, len(values)), hashes, *at, bound, count)
         return pa.array(count)
 
-    def top(self, k: int) -> pa.Array:
+    def _top(self, at: _At, k: int) -> pa.Array:
         codes, values = self.column.coded
-        picked, count = np.zeros((self._size, k), np.int64), np.empty(self._size, np.int64)
-        kernels.top_codes(*self._base, codes, max(1, len(values)), *self._at, k, picked, count)
+        picked, count = np.zeros((self.size, k), np.int64), np.empty(self.size, np.int64)
+        distinct_kernels.top_codes(*self.events.arrays, codes, max(1, len(values)), *at, k, picked, count)
         flat = picked[np.arange(k) < count[:, None]]
         offsets = np.concatenate([[0], np.cumsum(count)]).astype(np.int32)
         return pa.ListArray.from_arrays(pa.array(offsets), values.take(pa.array(flat)))

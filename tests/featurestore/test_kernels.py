@@ -54,8 +54,10 @@ def test_a_new_process_compiles_nothing_after_the_warm_up():
 
 
 def test_importing_the_feature_store_is_light():
-    code = "import time; import mlfuncs_featurestore as f; f.FeatureStore; f.FeatureView; print(time.process_time())"
-    assert float(run(code)) < 0.3
+    """What makes an import heavy is not loaded until it is needed; `benchmarks/featurestore_import.py` has the time."""
+    heavy = {"numba", "numpy", "pandas", "pyarrow", "deltalake", "redis", "polars", "duckdb", "dask", "sqlalchemy"}
+    code = "import sys, mlfuncs_featurestore as f; f.FeatureStore; f.FeatureView; print(*sys.modules)"
+    assert heavy & set(run(code).split()) == set()
 
 
 def test_who_meets_a_kernel_that_was_never_compiled_is_told_so_once(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import decimal
 import math
 from fractions import Fraction
 
@@ -12,13 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlfuncs.errors import InvalidInput
+from mlfuncs.errors import InvalidInput, SpecError
 from mlfuncs_featurestore.declarations import FUNCTIONS, Aggregation
 from mlfuncs_featurestore.hashing import hash_bytes, hash_int
 from mlfuncs_featurestore.hyperloglog import add_hash, empty_registers, estimate
 from mlfuncs_featurestore.types import parse_type
 from mlfuncs_featurestore.windows import FOREVER, Events, Moments, aggregate
 
+WIDE = decimal.Context(prec=60)
 FLOATS = st.one_of(
     st.none(), st.floats(), st.sampled_from([0.0, -0.0, 1.0, 0.1, 5e-324, 1.7e308, -1.7e308, math.nan, math.inf, 1e16])
 )
@@ -28,6 +30,8 @@ PLAIN = st.none() | st.floats(-1e6, 1e6)
 def slow(function, visible, k=2, bound=3):
     """The specification, word by word, over the values in the window (no nulls), in event order."""
     values = [value for value in visible if value is not None]
+    if values and isinstance(values[0], decimal.Decimal):
+        return slow_decimal(function, values)
     floats = [float(value) for value in values] if function in ("sum", "mean", "std") else []
     if function == "count":
         return len(values)
@@ -52,6 +56,17 @@ def slow(function, visible, k=2, bound=3):
         return len(counts)
     ranked = sorted(counts, key=lambda value: (-counts[value], value == "nan", value if value != "nan" else 0))
     return [math.nan if value == "nan" else value for value in ranked[:k]]
+
+
+def slow_decimal(function, values):
+    cents = sum(int(value.scaleb(2, WIDE)) for value in values)
+    if function == "sum":
+        return decimal.Decimal(cents).scaleb(-2, WIDE)
+    if function == "mean":
+        return float(cents) / (len(values) * 100.0)
+    return {"count": len(values), "min": min(values), "max": max(values), "first": values[0], "last": values[-1]}[
+        function
+    ]
 
 
 def exact_sum(floats):
@@ -154,6 +169,33 @@ def test_integer_windows_equal_the_specification(entities):
 
 
 @settings(max_examples=30, deadline=None)
+@given(histories(st.none() | st.decimals(1 - 10**26, 10**26 - 1, places=2)))
+def test_decimal_windows_equal_the_specification(entities):
+    """Sums and extremes are decimals with every digit; a mean is one division of the sum of cents."""
+    check(entities, "decimal(28,2)", ["sum", "mean", "count", "min", "max", "first", "last"])
+
+
+def test_decimals_have_deviations_of_their_floats_and_their_largest_sums_fit():
+    most = decimal.Decimal("9" * 28).scaleb(-3)
+    thousand = decimal.Decimal("9" * 28 + "000").scaleb(-3, WIDE)
+    cents = [decimal.Decimal("0.125"), None, decimal.Decimal("0.375")]
+    features = Aggregation("x", ["sum", "mean", "std"], windows=["1s"]).features({"x": parse_type("decimal(28,3)")})
+    for values, total in [
+        (cents, decimal.Decimal("0.500")),
+        ([most] * 1000, thousand),
+        ([most.copy_negate()] * 1000, thousand.copy_negate()),
+    ]:
+        column = pa.array(values, pa.decimal128(28, 3))
+        results = aggregate(features, Events.of_one(np.zeros(len(values))), {"x": column}, Moments.of_one([0]))
+        assert results["x_sum_1s"].to_pylist() == [total]
+        if values is cents:
+            assert results["x_mean_1s"].to_pylist() == [0.25]
+            assert results["x_std_1s"].to_pylist() == [math.sqrt(0.03125)]
+    with pytest.raises(SpecError, match="at most 28 digits"):
+        Aggregation("x", ["sum"], windows=["1s"]).features({"x": parse_type("decimal(29,3)")})
+
+
+@settings(max_examples=30, deadline=None)
 @given(histories(st.none() | st.sampled_from(["", "a", "b", "ab", "é"])))
 def test_text_windows_equal_the_specification(entities):
     check(entities, "string", ["count", "first", "last", "count_distinct", "top_k"])
@@ -171,6 +213,27 @@ def test_sums_slide_without_losing_a_bit(values, width):
         inside = values[max(0, t - width + 1) : t + 1]
         assert same(results[f"x_sum_{width}us"][t].as_py(), exact_sum(inside))
         assert same(results[f"x_std_{width}us"][t].as_py(), slow_std(inside))
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("kind", ["float64", "int64"])
+def test_many_events_and_moments_of_one_entity_equal_the_specification(seed, kind):
+    """More moments than are rounded at a time, several events between two of them, and windows of several lengths."""
+    random = np.random.default_rng(seed)
+    event = np.sort(random.integers(0, 900, 700))
+    values = random.integers(-50, 50, 700) if kind == "int64" else random.normal(0, 1, 700).round(2)
+    moments = np.sort(random.integers(0, 950, 600))
+    windows = [1, 7, 40, 2000]
+    names = ["sum", "mean", "count", "min", "max"]
+    chosen = Aggregation("x", names, windows=[f"{width}us" for width in windows])
+    column = {"x": pa.array(values, kind)}
+    results = aggregate(chosen.features({"x": parse_type(kind)}), Events.of_one(event), column, Moments.of_one(moments))
+    for width in windows:
+        got = {name: results[f"x_{name}_{width}us"].to_pylist() for name in names}
+        for place, t in enumerate(moments):
+            inside = values[np.searchsorted(event, t - width, "right") : np.searchsorted(event, t, "right")].tolist()
+            for name in names:
+                assert same(slow(name, inside), got[name][place]), (name, width, t)
 
 
 def test_the_order_of_events_with_one_timestamp_changes_no_sum():
