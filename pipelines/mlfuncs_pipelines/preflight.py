@@ -9,8 +9,6 @@ import importlib.util
 import json
 import pickletools
 import re
-import shutil
-import subprocess
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -21,6 +19,7 @@ from mlfuncs.errors import MlfuncsError, NotFound
 from mlfuncs.settings import Settings
 from mlfuncs.spec import FunctionSpec
 from mlfuncs_pipelines.cache import digest_of
+from mlfuncs_pipelines.container_images import docker_fault, image_fault
 from mlfuncs_pipelines.importer import missing_imports
 from mlfuncs_pipelines.ir import Pipeline
 from mlfuncs_pipelines.ir_shape import Problem
@@ -31,7 +30,6 @@ from mlfuncs_pipelines.validate import InvalidPipeline
 from mlfuncs_pipelines.venvs import environment_digest, python_for
 
 Kind = Literal["kfp", "step", "container", "importer"]
-_DOCKER_TIMEOUT_S = 10
 _MODULE_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 # what every step of ours needs, imported once for all
 _STEP_MODULES = (
@@ -98,14 +96,40 @@ def prepare(
                 problems += [
                     Problem(f"platforms.kubernetes.{label}", text, "then run it again") for text in pod.missing
                 ]
-                if plans[label].kind == "container" and containers == "docker":
-                    require_docker(plans[label].spec.get("image", ""))
             except MlfuncsError as exc:
                 mend = "mend this, then run it again"
                 problems.append(Problem(f"deploymentSpec.executors.{label}", str(exc), mend))
+        if containers == "docker":
+            problems += _missing_images([plan for plan in plans.values() if plan.kind == "container"], pool)
     if problems:
         raise InvalidPipeline(f"pipeline {pipeline.name}", problems)
     return plans
+
+
+def _missing_images(plans: Sequence[Plan], pool: ThreadPoolExecutor) -> list[Problem]:
+    """What keeps the containers of `plans` from running in Docker; images that are not here are pulled."""
+    reason = docker_fault() if plans else ""
+    if reason:
+        mend = "start Docker, or run with --containers process to execute the command here without the image"
+        return [
+            Problem(
+                f"deploymentSpec.executors.{plan.label}",
+                f"the step runs in the container {plan.spec.get('image', '')!r} and there is no Docker here ({reason})",
+                mend,
+            )
+            for plan in plans
+        ]
+    labels = {plan.spec.get("image", ""): plan.label for plan in reversed(plans)}  # by image, the first that has it
+    faults = {image: pool.submit(image_fault, image) for image in labels}
+    return [
+        Problem(
+            f"deploymentSpec.executors.{labels[image]}.container.image",
+            f"the image {image!r} is not here and cannot be pulled: {fault.result()}",
+            "mend its name, or log in to its registry with docker login",
+        )
+        for image, fault in faults.items()
+        if fault.result()
+    ]
 
 
 def _plan(pipeline: Pipeline, label: str, settings: Settings, containers: str) -> Plan:
@@ -217,30 +241,3 @@ def _own_path() -> tuple[str, ...]:
 def kfp_preload(python: Path) -> Preload:
     """The warm process for kfp's lightweight components under `python`."""
     return Preload(str(python), modules=("kfp.dsl.executor",), env=(("_KFP_RUNTIME", "true"),))
-
-
-def require_docker(image: str) -> None:
-    """Return when a Docker Engine answers. Raises MlfuncsError that says what to do otherwise."""
-    reason = _docker_fault()
-    if reason:
-        raise MlfuncsError(
-            f"the step runs in the container {image!r} and there is no Docker here ({reason}): start Docker, or run "
-            "with --containers process to execute the command on this machine without the image"
-        )
-
-
-def _docker_fault() -> str:
-    """Why Docker cannot be used; "" when it can."""
-    program = shutil.which("docker")
-    if program is None:
-        return "no docker program on PATH"
-    try:
-        done = subprocess.run(
-            [program, "version", "--format", "{{.Server.Version}}"],
-            capture_output=True,
-            text=True,
-            timeout=_DOCKER_TIMEOUT_S,
-        )
-    except (subprocess.TimeoutExpired, OSError) as exc:
-        return str(exc)
-    return "" if done.returncode == 0 else (done.stderr.strip().splitlines() or ["the engine does not answer"])[0]

@@ -66,6 +66,23 @@ def test_containers_without_docker_are_refused_before_any_step(
     assert not (tmp_path / "touched").exists()
 
 
+@pytest.mark.skipif(not _has_docker(), reason="no Docker Engine")
+def test_an_image_that_cannot_be_had_is_told_before_any_step(run: Run, tmp_path: Path) -> None:
+    @dsl.container_component
+    def nowhere():
+        return dsl.ContainerSpec(image="127.0.0.1:1/nowhere:1", command=["true"])
+
+    @dsl.pipeline(name="needs-images")
+    def needs_images(path: str):
+        touch(path=path)
+        nowhere()
+        nowhere()
+
+    with pytest.raises(InvalidPipeline, match=r"the image '127.0.0.1:1/nowhere:1' is not here and cannot be pulled: "):
+        run(needs_images, path=str(tmp_path / "touched"))
+    assert not (tmp_path / "touched").exists()
+
+
 @pytest.mark.skipif(not _has_image(IMAGE), reason=f"no Docker Engine with the image {IMAGE}")
 def test_container_runs_in_docker(run: Run) -> None:
     @dsl.pipeline(name="in-docker")
