@@ -1,10 +1,7 @@
 """Function images: the same input gives the same digest, nothing of the building machine is in them, and they run."""
 
-import base64
 import dataclasses
-import functools
 import hashlib
-import http.server
 import io
 import json
 import os
@@ -14,7 +11,6 @@ import subprocess
 import sys
 import tarfile
 import textwrap
-import threading
 import time
 import tomllib
 import urllib.request
@@ -34,6 +30,7 @@ from mlfuncs_runtime.images.image import layers_in, write_archive
 from mlfuncs_runtime.images.layers import Entry, write_layer
 from mlfuncs_runtime.images.sbom import cyclonedx
 from mlfuncs_runtime.rendering import build_image
+from tests.runtime.private_index import CREDENTIALS, PASSWORD, USER, Index, fill, serving_index
 
 ROOT = Path(__file__).parents[2]
 SOURCE = """
@@ -115,35 +112,19 @@ def test_functions_share_an_image_when_their_pins_agree(functions, settings):
 
 
 @pytest.fixture
-def private_index(tmp_path):
-    """A package index on loopback that asks for a password and holds six; the credentials it was sent, and its URL."""
-    wheels = tmp_path / "index" / "simple" / "six"
-    wheels.mkdir(parents=True)
-    fetch = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(wheels), "six==1.17.0"]
-    subprocess.run(fetch, check=True)
+def private_index(tmp_path, monkeypatch):
+    """The URL of an index that holds six, password included, and what it was sent as credentials."""
     sent = []
+    real = Index.do_GET
 
-    class Index(http.server.SimpleHTTPRequestHandler):
-        def do_GET(self):
-            sent.append(self.headers.get("Authorization", ""))
-            if sent[-1]:
-                super().do_GET()
-                return
-            self.send_response(401)
-            self.send_header("WWW-Authenticate", "Basic")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
+    def do_GET(self):
+        sent.append(self.headers.get("Authorization", ""))
+        real(self)
 
-        def log_message(self, *_arguments):
-            pass
-
-    server = http.server.ThreadingHTTPServer(
-        ("127.0.0.1", 0), functools.partial(Index, directory=str(tmp_path / "index"))
-    )
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield sent, f"http://ci-user:hunter2@127.0.0.1:{server.server_port}/simple"
-    server.shutdown()
-    server.server_close()
+    monkeypatch.setattr(Index, "do_GET", do_GET)
+    with serving_index(tmp_path / "index") as port:
+        fill(tmp_path / "index" / "simple", ["six==1.17.0"])
+        yield sent, f"http://{USER}:{PASSWORD}@127.0.0.1:{port}/simple"
 
 
 def test_an_index_with_a_password_leaves_nothing_in_the_image(functions, settings, monkeypatch, private_index):
@@ -156,9 +137,9 @@ def test_an_index_with_a_password_leaves_nothing_in_the_image(functions, setting
     archive = io.BytesIO()
     write_archive(image, ["x:1"], archive, image.own_layers)
     whole = archive.getvalue()
-    for word in (b"hunter2", b"ci-user", str(settings.home).encode()):
+    for word in (b"hunter2", PASSWORD.encode(), USER.encode(), str(settings.home).encode()):
         assert word not in whole
-    assert "Basic " + base64.b64encode(b"ci-user:hunter2").decode() in sent
+    assert CREDENTIALS in sent
 
 
 def test_an_archive_is_what_docker_save_would_give(functions, settings, tmp_path):

@@ -1,33 +1,16 @@
 """The Job of a run and its order: golden files, the real schemas, pod security, and what does not fit."""
 
-import os
-from pathlib import Path
-
 import kubernetes_validate
 import pytest
-import yaml
 
 import mlfuncs as ml
 from mlfuncs.errors import SpecError
 from mlfuncs.runs import elsewhere
 from mlfuncs.spec import FunctionSpec
 from mlfuncs_runtime.manifests.jobs import RunJob, render_order, render_run_job
+from tests.runtime.rendered import check_golden, everything
 
-HERE = Path(__file__).parent
-EVERYTHING = FunctionSpec(
-    name="churn",
-    resources=ml.Resources(cpu=2, memory="4Gi", gpu=1),
-    retries=3,
-    env={"THRESHOLD": "0.5"},
-    secrets=("DB_PASSWORD",),
-    labels={"team": "growth"},
-    pod=ml.Pod(
-        node_selector={"pool": "gpu"},
-        tolerations=({"key": "nvidia.com/gpu", "operator": "Exists"},),
-        volumes={"/data": {"persistentVolumeClaim": {"claimName": "data"}}},
-        image_pull_secrets=("registry",),
-    ),
-)
+EVERYTHING = everything(claims=["data"], resources=ml.Resources(cpu=2, memory="4Gi", gpu=1), timeout_s=60, retries=3)
 
 
 def job_of(spec, timeout_s=None, **files):
@@ -43,11 +26,7 @@ def test_job_manifests_are_as_the_golden_files_say_and_valid(name):
     documents = [render_run_job(job, suspended=True), render_order(job, "1234")]
     for document in documents:
         kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
-    rendered = yaml.safe_dump_all(documents, sort_keys=False)
-    path = HERE / "golden" / "manifests" / f"job-{name}.yaml"
-    if os.environ.get("UPDATE_GOLDEN"):
-        path.write_text(rendered)
-    assert rendered == path.read_text()
+    check_golden(f"job-{name}", documents)
 
 
 def test_a_runs_pods_are_restricted_and_no_endpoints():

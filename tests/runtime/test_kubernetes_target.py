@@ -1,10 +1,8 @@
 """The cluster targets through the real kubernetes client, against an API server of the tests' own."""
 
 import copy
-import importlib.util
 import re
 import time
-from pathlib import Path
 
 import pytest
 from kubernetes import client
@@ -17,10 +15,7 @@ from mlfuncs_runtime.images.builder import MemoryBuilder
 from mlfuncs_runtime.kubernetes.cluster import Cluster
 from mlfuncs_runtime.kubernetes.knative import KnativeTarget
 from mlfuncs_runtime.kubernetes.target import KubernetesTarget
-
-_spec = importlib.util.spec_from_file_location("fake_kubernetes", Path(__file__).with_name("fake_kubernetes.py"))
-fake_kubernetes = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(fake_kubernetes)
+from tests.runtime import fake_kubernetes
 
 
 @ml.function(requirements=[], scale=ml.Scale(min=1, max=3))

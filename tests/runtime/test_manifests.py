@@ -1,11 +1,6 @@
-"""Manifests: golden files, the real schemas of Kubernetes' core types, and what each platform cannot say.
-
-`UPDATE_GOLDEN=1` writes the golden files anew; read the difference before committing it.
-"""
+"""Manifests: golden files, the real schemas of Kubernetes' core types, and what each platform cannot say."""
 
 import dataclasses
-import os
-from pathlib import Path
 
 import kubernetes_validate
 import pytest
@@ -14,29 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlfuncs.errors import SpecError
-from mlfuncs.spec import FunctionSpec, Pod, Resources, Scale
+from mlfuncs.spec import FunctionSpec, Pod, Scale
 from mlfuncs_runtime.manifests.knative import knative_warnings, render_knative, scale_annotations, to_percentages
 from mlfuncs_runtime.manifests.kubernetes import kubernetes_warnings, render_kubernetes
 from mlfuncs_runtime.manifests.platform import render_platform
 from mlfuncs_runtime.manifests.routing import KubernetesOptions
 from mlfuncs_runtime.manifests.workload import Workload, container
+from tests.runtime.rendered import check_golden, everything
 
-GOLDEN = Path(__file__).parent / "golden" / "manifests"
-EVERYTHING = FunctionSpec(
-    name="churn",
-    resources=Resources(cpu=1.5, memory="1Gi", gpu=1),
-    scale=Scale(min=1, max=4, concurrency=8, target=6, scale_down_delay_s=30),
-    timeout_s=90,
-    env={"THRESHOLD": "0.5"},
-    secrets=("DB_PASSWORD",),
-    labels={"team": "growth"},
-    pod=Pod(
-        node_selector={"pool": "gpu"},
-        tolerations=({"key": "nvidia.com/gpu", "operator": "Exists"},),
-        volumes={"/models": {"persistentVolumeClaim": {"claimName": "models"}}},
-        image_pull_secrets=("registry",),
-    ),
-)
+EVERYTHING = everything(scale=Scale(min=1, max=4, concurrency=8, target=6, scale_down_delay_s=30))
 WORKLOADS = {
     "plain": Workload("churn", "shop", "rev-1", "registry.example/churn:1", FunctionSpec(name="churn")),
     "everything": Workload(
@@ -64,11 +45,7 @@ RENDERERS = {
 @pytest.mark.parametrize("renderer", RENDERERS)
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_manifests_are_as_the_golden_files_say(name, renderer):
-    rendered = yaml.safe_dump_all(RENDERERS[renderer](WORKLOADS[name]), sort_keys=False)
-    path = GOLDEN / f"{renderer}-{name}.yaml"
-    if os.environ.get("UPDATE_GOLDEN"):
-        path.write_text(rendered)
-    assert rendered == path.read_text()
+    check_golden(f"{renderer}-{name}", RENDERERS[renderer](WORKLOADS[name]))
 
 
 @pytest.mark.parametrize("name", WORKLOADS)

@@ -4,7 +4,6 @@ import base64
 import contextlib
 import dataclasses
 import datetime
-import functools
 import http.server
 import io
 import ipaddress
@@ -12,8 +11,6 @@ import select
 import socket
 import ssl
 import subprocess
-import sys
-import threading
 import tomllib
 from pathlib import Path
 
@@ -27,26 +24,11 @@ from mlfuncs_runtime.images.builder import MemoryBuilder
 from mlfuncs_runtime.images.function_image import ImageFunction, assemble
 from mlfuncs_runtime.images.image import write_archive
 from mlfuncs_runtime.images.prepare import requirements
+from tests.runtime.private_index import PASSWORD, USER, fill, serving, serving_index
 
 ROOT = Path(__file__).parents[2]
 AUTHORITY = "Example Corp Root CA"
-PRIVATE = (b"index-word-81", b"index-user", b"swordfish", b"proxy-user", AUTHORITY.encode())
-
-
-class Index(http.server.SimpleHTTPRequestHandler):
-    """A package index below a folder; every request must name the user."""
-
-    def do_GET(self):
-        if self.headers.get("Authorization") == "Basic " + base64.b64encode(b"index-user:index-word-81").decode():
-            super().do_GET()
-            return
-        self.send_response(401)
-        self.send_header("WWW-Authenticate", "Basic")
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def log_message(self, *_arguments):
-        pass
+PRIVATE = (PASSWORD.encode(), USER.encode(), b"swordfish", b"proxy-user", AUTHORITY.encode())
 
 
 class Proxy(http.server.BaseHTTPRequestHandler):
@@ -78,18 +60,6 @@ class Proxy(http.server.BaseHTTPRequestHandler):
         pass
 
 
-@contextlib.contextmanager
-def serving(address, handler, context=None):
-    server = http.server.ThreadingHTTPServer((address, 0), handler)
-    server.daemon_threads = True
-    if context:
-        server.socket = context.wrap_socket(server.socket, server_side=True)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server.server_port
-    server.shutdown()
-    server.server_close()
-
-
 @pytest.fixture
 def company(tmp_path, monkeypatch, request):
     """Settings of the environment for an index over TLS behind a proxy, both with passwords, on `request.param`."""
@@ -98,16 +68,14 @@ def company(tmp_path, monkeypatch, request):
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate)
     folder = tmp_path / "index"
-    (folder / "simple").mkdir(parents=True)
     Proxy.led = []
     for name in ("NO_PROXY", "no_proxy", "PIP_CERT", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_DIR"):
         monkeypatch.delenv(name, raising=False)
-    index = serving(address, functools.partial(Index, directory=str(folder)), context)
-    with index as port, serving(address, Proxy) as proxy_port:
+    with serving_index(folder, address, context) as port, serving(address, Proxy) as proxy_port:
         yield (
             folder / "simple",
             {
-                "MLFUNCS_UV_INDEX_URL": f"https://index-user:index-word-81@{address}:{port}/simple",
+                "MLFUNCS_UV_INDEX_URL": f"https://{USER}:{PASSWORD}@{address}:{port}/simple",
                 "HTTPS_PROXY": f"http://proxy-user:swordfish@{address}:{proxy_port}",
                 "SSL_CERT_FILE": str(authority),
                 "UV_NO_CACHE": "1",
@@ -156,7 +124,7 @@ def test_the_base_is_built_through_the_proxy_and_leaves_no_trace(docker_engine, 
         history = ["docker", "history", "--no-trunc", "--format", "json", base.name]
         described += subprocess.run(history, capture_output=True, check=True).stdout
         assert [word for word in PRIVATE if word in saved or word in described] == []
-        assert _stages_with(b"index-word-81") == []
+        assert _stages_with(PASSWORD.encode()) == []
     finally:
         subprocess.run(["docker", "rmi", "--force", base.name], capture_output=True, check=False)
 
@@ -200,17 +168,6 @@ def certificates(folder, address):
     (folder / "authority.pem").write_bytes(root)
     (folder / "server.pem").write_bytes(private + leaf)
     return folder / "authority.pem", folder / "server.pem"
-
-
-def fill(index, lines):
-    """Put the wheels of these requirements, and of all they need, into a simple index."""
-    aside = index.parent / "wheels"
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--dest", str(aside)]
-    subprocess.run([*command, "--only-binary", ":all:", *lines], check=True, capture_output=True)
-    for wheel in aside.iterdir():
-        folder = index / wheel.name.partition("-")[0].lower().replace("_", "-").replace(".", "-")
-        folder.mkdir(exist_ok=True)
-        wheel.rename(folder / wheel.name)
 
 
 def _bridge_address():

@@ -1,6 +1,5 @@
 """`mlfuncs build` and `render` from the command line, the platform's manifests, and builds inside a cluster."""
 
-import importlib.util
 import io
 import json
 import tarfile
@@ -20,11 +19,9 @@ from mlfuncs_runtime.kubernetes.cluster import Cluster
 from mlfuncs_runtime.manifests.builds import BuildJob, render_build_job
 from mlfuncs_runtime.manifests.platform import render_compose, render_platform
 from mlfuncs_runtime.rendering import TARGETS, build_image, differences, render
+from tests.runtime import fake_kubernetes
 
 GOLDEN = Path(__file__).parent / "golden" / "manifests"
-_spec = importlib.util.spec_from_file_location("fake_kubernetes", Path(__file__).with_name("fake_kubernetes.py"))
-fake_kubernetes = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(fake_kubernetes)
 
 
 @pytest.fixture
