@@ -99,7 +99,8 @@ def ensure_table(uri: str, schema: pa.Schema) -> DeltaTable:
                 raise StorageError(f"the table {uri} cannot be made: {exc}") from exc
         table = open_delta(uri)
         assert table is not None
-    _add_columns(table, schema)
+        sync_log(uri, 0)
+    _add_columns(uri, table, schema)
     return table
 
 
@@ -108,7 +109,7 @@ def arrow_schema(table: DeltaTable) -> pa.Schema:
     return pa.schema(table.schema().to_arrow())
 
 
-def _add_columns(table: DeltaTable, schema: pa.Schema) -> None:
+def _add_columns(uri: str, table: DeltaTable, schema: pa.Schema) -> None:
     from deltalake import Schema
     from deltalake.exceptions import DeltaError
 
@@ -119,6 +120,7 @@ def _add_columns(table: DeltaTable, schema: pa.Schema) -> None:
             return
         try:
             table.alter.add_columns(list(Schema.from_arrow(pa.schema(missing)).fields))
+            sync_log(uri, table.version())
         except DeltaError:
             time.sleep(random.uniform(0, 0.05))
         table.update_incremental()
@@ -168,10 +170,9 @@ def commit(uri: str, change: Commit) -> int:
                 raise StorageError(f"the commit to {uri} failed: {exc}") from exc
         else:
             version = find_commit(uri, change.id, before)
-        assert version is not None
-        if is_local(uri):
-            sync_file(f"{uri}/_delta_log/{version:020}.json")
-            sync_file(f"{uri}/_delta_log")
+        if version is None:
+            raise StorageError(f"a commit to {uri} is done, but its log cannot be read; do not write the rows again")
+        sync_log(uri, version)
         return version
     raise StorageError(f"{uri} has too many writers at once: {ATTEMPTS} commits lost the race; nothing was written")
 
@@ -190,7 +191,16 @@ def replace_all(uri: str, version: int, change: Commit) -> bool:
     except (DeltaError, OSError) as exc:
         if find_commit(uri, change.id, version) is None:
             raise StorageError(f"the commit to {uri} failed: {exc}") from exc
+    sync_log(uri, version + 1)
     return True
+
+
+def sync_log(uri: str, version: int) -> None:
+    """Make a commit survive a loss of power. Each must: behind one that is lost, later ones cannot be read."""
+    entry = f"{uri}/_delta_log/{version:020}.json"
+    if is_local(uri) and os.path.exists(entry):
+        sync_file(entry)
+        sync_file(f"{uri}/_delta_log")
 
 
 def _already_done(table: DeltaTable, change: Commit) -> int | None:

@@ -182,15 +182,15 @@ class OfflineStore:
     def compact(self, view: FeatureView | str, bucket_files: int = 2) -> int:
         """Merge the files of every bucket that has `bucket_files` or more; returns how many files were merged.
 
-        Readers and writers go on meanwhile; each bucket is one commit. A bucket that another process rewrote first
-        is left as that process left it.
+        Readers and writers go on meanwhile; each merged file, of about COMPACT_ROWS rows at most, is one commit. Files
+        that another process rewrote first are left as that process left them.
         """
         view = self._view(view)
         snapshot, merged = self.snapshot(view.name), 0
         for bucket in sorted({file.bucket for file in snapshot.files}):
             files = [one for one in snapshot.files if one.bucket == bucket and one.rows < COMPACT_ROWS]
             if len(files) >= max(bucket_files, 2):
-                merged += self._merge(view, snapshot, bucket, files)
+                merged += sum(self._merge(view, snapshot, bucket, group) for group in _groups(files) if len(group) > 1)
         return merged
 
     def vacuum(self, view: str, retention_hours: int = 24 * 30, dry_run: bool = False) -> list[str]:
@@ -217,10 +217,7 @@ class OfflineStore:
         types = {name: schema.field(name).type for name in columns}
         rows = pa.concat_tables([snapshot.read(file, columns, types) for file in files])
         rows = rows.take(sort_order(view, rows))
-        adds = [
-            delta.write_file(snapshot.uri, rows.slice(start, COMPACT_ROWS), bucket, data_change=False)
-            for start in range(0, rows.num_rows, COMPACT_ROWS)
-        ]
+        adds = [delta.write_file(snapshot.uri, rows, bucket, data_change=False)]
         removes = [AddAction(file.path, file.size, {BUCKET: str(bucket)}, 0, False, "") for file in files]
         about = {ABOUT: json.dumps({"operation": "compact", "rows": rows.num_rows})}
         try:
@@ -229,6 +226,16 @@ class OfflineStore:
             delta.delete_files(snapshot.uri, adds)
             return 0
         return len(files)
+
+
+def _groups(files: Sequence[DataFile]) -> list[list[DataFile]]:
+    """The files in groups that have COMPACT_ROWS together, or just reach it: what is merged in memory at a time."""
+    groups: list[list[DataFile]] = [[]]
+    for file in files:
+        if sum(one.rows for one in groups[-1]) >= COMPACT_ROWS:
+            groups.append([])
+        groups[-1].append(file)
+    return groups
 
 
 def stored_schema(view: FeatureView) -> pa.Schema:

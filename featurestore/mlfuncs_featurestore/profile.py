@@ -112,8 +112,9 @@ def _merge_moments(state: _Column, values: np.ndarray) -> None:
     values = values[np.isfinite(values)]
     if not len(values):
         return
-    mean, n = float(values.mean()), len(values)
-    m2 = float(((values - mean) ** 2).sum())
+    with np.errstate(over="ignore", invalid="ignore"):  # of values near the end of float64's range: inf or NaN, as text
+        mean, n = float(values.mean()), len(values)
+        m2 = float(((values - mean) ** 2).sum())
     total = state.numbers + n
     delta = mean - state.mean
     state.m2 += m2 + delta * delta * state.numbers * n / total
@@ -126,7 +127,9 @@ def _distribution(sample: pa.Array) -> dict[str, Any]:
     values = values[np.isfinite(values)]
     if not len(values):
         return {}
-    quantiles = {str(q): _plain(v) for q, v in zip(QUANTILES, np.quantile(values, QUANTILES), strict=True)}
+    with np.errstate(over="ignore", invalid="ignore"):
+        found = np.quantile(values, QUANTILES)
+    quantiles = {str(q): _plain(v) for q, v in zip(QUANTILES, found, strict=True)}
     low, high = float(values.min()), float(values.max())
     width = high / BINS - low / BINS
     if width > 2 * np.spacing(max(abs(low), abs(high))) and math.isfinite(high - low):

@@ -210,24 +210,31 @@ def cast_column(name: str, column: pa.ChunkedArray | pa.Array, kind: FeatureType
 
 
 def to_utc(name: str, array: pa.Array) -> pa.Array:
-    """Times as microseconds UTC: other zones converted, naive ones taken as UTC (said once), finer ones cut down."""
+    """Times as microseconds UTC: other zones converted, naive ones taken as UTC (said once), finer ones cut down.
+
+    Raises InvalidInput for what is no time, and for times so far off that microseconds cannot count them.
+    """
     if not len(array):
         return pa.array([], _UTC)
-    if pa.types.is_date(array.type):
-        return array.cast(pa.timestamp("us")).cast(_UTC)
-    if not pa.types.is_timestamp(array.type):
+    if not (pa.types.is_timestamp(array.type) or pa.types.is_date(array.type)):
         advice = "convert text with pandas.to_datetime and numbers with unit='s'"
         raise InvalidInput(f"column {name!r} is {array.type}, not a time; {advice}", [_field(name, "is not a time")])
-    if array.type.tz is None and len(array) > array.null_count:
+    if pa.types.is_timestamp(array.type) and array.type.tz is None and len(array) > array.null_count:
         say_once(f"times in {name!r} have no zone and are taken as UTC")
-    if array.type.unit == "ns":
+    if array.type == pa.timestamp("ns", getattr(array.type, "tz", None)):
         nanoseconds = array.cast(pa.int64())
-        floored = pc.shift_right(nanoseconds, 0)
-        remainder = pc.subtract(floored, pc.multiply(pc.divide(floored, 1000), 1000))
+        remainder = pc.subtract(nanoseconds, pc.multiply(pc.divide(nanoseconds, 1000), 1000))
         down = pc.if_else(pc.less(remainder, 0), 1, 0)  # Arrow divides towards zero: times before 1970 go one down
-        return pc.subtract(pc.divide(floored, 1000), down).cast(_UTC)
-    bare = array.cast(pa.timestamp(array.type.unit, "UTC"))
-    return bare.cast(_UTC)
+        return pc.subtract(pc.divide(nanoseconds, 1000), down).cast(_UTC)
+    try:
+        if pa.types.is_date(array.type):
+            return array.cast(pa.timestamp("us")).cast(_UTC)
+        return array.cast(pa.timestamp(array.type.unit, "UTC")).cast(_UTC)
+    except pa.ArrowInvalid as exc:
+        raise InvalidInput(
+            f"column {name!r} has times beyond the years that microseconds can count ({exc}); is the unit right?",
+            [_field(name, "is not a time that microseconds can count")],
+        ) from exc
 
 
 def say_once(message: str) -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import os
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -114,8 +116,6 @@ def _spine_uri(store: FeatureStore) -> str:
 
 
 def _save_spine(store: FeatureStore, digest: str, table: pa.Table) -> None:
-    import os
-
     uri, path = _spine_uri(store), f"{digest}.arrow"
     if delta.is_local(uri):
         os.makedirs(uri, exist_ok=True)
@@ -126,7 +126,7 @@ def _save_spine(store: FeatureStore, digest: str, table: pa.Table) -> None:
     with pa.ipc.new_file(content, table.schema) as writer:
         writer.write_table(table)
     # an object store shows an object whole or not at all; a file system shows one under way
-    temporary = f"{digest}.{os.getpid()}.part" if delta.is_local(uri) else path
+    temporary = f"{digest}.{uuid.uuid4().hex}.part" if delta.is_local(uri) else path
     try:
         delta.write_bytes(uri, temporary, content.getvalue())
         if temporary != path:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mlfuncs.errors import Conflict, InvalidInput, NotFound, SpecError
+from mlfuncs.errors import Conflict, InvalidInput, NotFound, SpecError, StorageError
 from mlfuncs.settings import Settings
 from mlfuncs_featurestore import Entity, Expectation, FeatureStore, FeatureView
 
@@ -223,6 +223,76 @@ def test_compaction_merges_files_and_changes_no_row(store):
     assert len(store.offline.snapshot("spend").files) == 4
     assert stored(store, spend()).equals(before) and stored(store, spend(), version=old).equals(before)
     assert store.offline.compact(spend()) == 0
+
+
+def test_compaction_holds_no_more_than_one_merged_file_at_a_time(store, monkeypatch):
+    view = spend(buckets=1)
+    store.apply(view)
+    for start in range(0, 70, 10):
+        store.ingest("spend", frame(10, start=start), now=NOW)
+    before = stored(store, view)
+    monkeypatch.setattr("mlfuncs_featurestore.offline.COMPACT_ROWS", 25)
+    assert store.offline.compact(view) == 6  # the seventh is alone
+    assert sorted(file.rows for file in store.offline.snapshot("spend").files) == [10, 30, 30]
+    assert store.offline.compact(view) == 0
+    assert stored(store, view).equals(before)
+
+
+def test_every_commit_is_on_disk_before_the_next_one_stands_on_it(store, monkeypatch):
+    """The one that makes the table, those that add and widen columns, and those of rows."""
+    from mlfuncs_featurestore import delta_tables
+
+    synced = []
+    monkeypatch.setattr(delta_tables, "sync_file", lambda path: synced.append(os.path.basename(path)))
+    for view in (
+        spend(fields={"amount": "float32"}),
+        spend(fields={"amount": "float32", "city": "string"}),
+        spend(fields={"amount": "float64", "city": "string"}),
+    ):
+        store.apply(view)
+        store.ingest("spend", frame(3, amount=0.5, city="x"), now=NOW)
+    commits = sorted(os.listdir(f"{store.offline.uri('spend')}/_delta_log"))
+    assert len(commits) == 6  # made, rows, column added, rows, widened, rows
+    assert sorted(set(synced) - {"_delta_log"}) == commits
+
+
+def test_a_commit_that_is_done_but_cannot_be_looked_up_says_so(store, monkeypatch):
+    store.apply(spend())
+    store.ingest("spend", frame(3), now=NOW)
+    monkeypatch.setattr("mlfuncs_featurestore.delta_tables.find_commit", lambda *_: None)
+    with pytest.raises(StorageError, match="done, but its log cannot be read; do not write the rows again"):
+        store.ingest("spend", frame(3, start=3), now=NOW)
+    assert stored(store, spend()).num_rows == 6
+
+
+@pytest.mark.parametrize(
+    "times",
+    [
+        pa.array([2**60], pa.timestamp("s")),
+        pa.array([2**61, None], pa.timestamp("ms", "Europe/Berlin")),
+        pa.array([2**31 - 1], pa.date32()),
+    ],
+)
+def test_times_beyond_what_microseconds_count_are_refused_by_name(store, times):
+    store.apply(spend())
+    rows = pa.table({"user_id": [1] * len(times), "event_timestamp": times}).append_column(
+        "amount", pa.nulls(len(times), pa.float64())
+    )
+    with pytest.raises(InvalidInput, match="'event_timestamp' has times beyond"):
+        store.ingest("spend", rows.append_column("merchant", pa.nulls(len(times), pa.string())), now=NOW)
+    if not times.null_count:
+        with pytest.raises(InvalidInput, match="'event_timestamp' has times beyond"):
+            store.get_historical_features(rows.select(["user_id", "event_timestamp"]), ["spend:amount"])
+
+
+def test_statistics_of_the_largest_floats_are_made_without_a_warning(store):
+    import warnings
+
+    store.apply(spend())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        store.ingest("spend", frame(4, amount=[1.7e308, -1.7e308, 1.7e308, 1.7e308]), now=NOW)
+    assert store.offline.statistics("spend")["amount"]["max"] == 1.7e308
 
 
 def test_of_two_compactions_at_once_one_gives_way_and_no_row_doubles(store, monkeypatch):

@@ -34,6 +34,11 @@ def row(**values):
     [
         ({"small": 1e300}, r"'small' does not fit float32: value 1e\+300 not in range"),
         ({"vector": [0.0, -1e300, 0.0]}, r"'vector' does not fit vector<float32,3>: value -1e\+300 not in range"),
+        ({"small": 2**24 + 1}, r"'small' does not fit float32: Integer value 16777217 "),
+        (
+            {"vector": [0, 2**24 + 1, 0]},
+            r"'vector' does not fit vector<float32,3>: Integer value 16777217 not in range",
+        ),
         ({"price": 1_000_000}, r"'price' does not fit decimal\(8,2\): value 1000000 not in range: -999999 to 999999"),
         ({"prices": [1, -1_000_000]}, r"'prices' does not fit list<decimal\(8,2\)>: value -1000000 not in range"),
     ],
