@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from mlfuncs_runtime.routes import Access
 
 _PREFLIGHT_MAX_AGE_S = 600
+_ROUNDING_S = 1e-9  # a request is not refused for less: the clock itself is rounded to that after some months
 
 
 def is_token_valid(authorization: bytes, digests: Iterable[str]) -> bool:
@@ -31,26 +32,29 @@ def is_token_valid(authorization: bytes, digests: Iterable[str]) -> bool:
 class TokenBucket:
     """At most `rate_per_s` requests a second in the long run and `burst` at once; the clock is an argument.
 
+    Instead of its level it keeps when it will be full again, which each request puts off by 1 / rate: the generic cell
+    rate algorithm (ITU-T I.371), which lets the same requests pass as a bucket that is refilled.
+
     >>> bucket = TokenBucket(2.0, 1, 0.0)
     >>> bucket.take(0.0), bucket.take(0.0), bucket.take(0.5)
     (0.0, 0.5, 0.0)
     """
 
-    __slots__ = ("_at_s", "_burst", "_level", "_rate")
+    __slots__ = ("_full_s", "_interval_s", "_refill_s")
 
     def __init__(self, rate_per_s: float, burst: int, now_s: float) -> None:
-        self._rate = rate_per_s
-        self._burst = float(max(burst, 1))
-        self._level, self._at_s = self._burst, now_s
+        self._interval_s = 1.0 / rate_per_s
+        self._refill_s = max(burst, 1) * self._interval_s  # how long an empty bucket takes to be full
+        self._full_s = now_s
 
     def take(self, now_s: float) -> float:
         """0.0 when the request may pass, else the seconds until one may."""
-        self._level = min(self._burst, self._level + (now_s - self._at_s) * self._rate)
-        self._at_s = now_s
-        if self._level >= 1.0:
-            self._level -= 1.0
-            return 0.0
-        return (1.0 - self._level) / self._rate
+        full_s = (self._full_s if self._full_s > now_s else now_s) + self._interval_s
+        wait_s = full_s - now_s - self._refill_s
+        if wait_s > _ROUNDING_S:
+            return wait_s
+        self._full_s = full_s
+        return 0.0
 
 
 def cors_headers(access: Access, origin: bytes) -> bytes:

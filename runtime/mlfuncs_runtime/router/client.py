@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import time
+from time import monotonic
 from typing import TYPE_CHECKING, cast
 
 from mlfuncs.errors import MlfuncsError, Unavailable
@@ -64,7 +64,7 @@ class Client(RequestReader):
         self._waiting.clear()
         request, self.request = self.request, None
         if request is not None and request.plan is not None:
-            request.endpoint.settle(request, time.monotonic())
+            request.endpoint.settle(request, monotonic())
         if self.tunnelled is not None:
             self.tunnelled.transport.close()
 
@@ -85,7 +85,7 @@ class Client(RequestReader):
             end = data.find(b"\r\n\r\n") + 4
             key = data[:end]
             plan = self.core.plans.get(key)
-            if plan is not None and len(data) == end + plan.head.length:
+            if plan is not None and len(data) == end + plan.length:
                 self._follow(plan, data[end:])
                 return
             self._key = key
@@ -97,7 +97,7 @@ class Client(RequestReader):
 
     def pause_writing(self) -> None:
         self._blocked, self._idle, self._quiet = True, False, False
-        self.due_s = time.monotonic() + self.core.options.stall_timeout_s
+        self.due_s = monotonic() + self.core.options.stall_timeout_s
         if self.request is not None and self.request.upstream is not None:
             self.request.upstream.let_flow(False)
 
@@ -119,7 +119,7 @@ class Client(RequestReader):
     def _follow(self, plan: Plan, body: bytes) -> None:
         """Take up a request whose head is known, and whose body is whole."""
         request = self.request = Request(plan.head, self)
-        request.body, request.size, request.complete = [body], len(body), True
+        request.body, request.size, request.complete = [body], plan.length, True
         if plan.extra:
             request.extra = plan.extra
         else:
@@ -146,7 +146,7 @@ class Client(RequestReader):
             self._take_up(request, key)
         self._pumping = False
         if self.request is None and not self.closing and not self._waiting:
-            self._rest(time.monotonic())
+            self._rest(monotonic())
 
     def _take_up(self, request: Request, key: bytes) -> None:
         self.core.identify(request)
@@ -196,7 +196,7 @@ class Client(RequestReader):
         self.core.refused[status] = self.core.refused.get(status, 0) + 1
         if self.core.spans is not None:
             request.status = status
-            self.core.spans.note(request, time.monotonic())
+            self.core.spans.note(request, monotonic())
         self.reply(request, status, body, extra)
 
     def reply(
@@ -213,7 +213,7 @@ class Client(RequestReader):
         data = answer(status, body, content_type, lines, close=close)
         self.transport.write(data[: len(data) - len(body)] if request.head.method == b"HEAD" else data)
         request.done = True
-        self.finished(request, time.monotonic(), close=close)
+        self.finished(request, monotonic(), close=close)
 
     def aborted(self, request: Request) -> None:
         """The answer broke off; only a cut connection can say so."""
@@ -235,7 +235,7 @@ class Client(RequestReader):
             return
         request.status = status
         if request.plan is not None:
-            request.endpoint.settle(request, time.monotonic())
+            request.endpoint.settle(request, monotonic())
         self._refuse_now(status, detail, request.request_id)
 
     def _refuse_now(self, status: int, detail: str, request_id: bytes) -> None:
@@ -271,7 +271,7 @@ class Client(RequestReader):
         if self.transport.is_closing():
             return
         self.lingering = True
-        self.due_s = time.monotonic() + _LINGER_S
+        self.due_s = monotonic() + _LINGER_S
         self.let_body_flow(True)
         if self.transport.can_write_eof() and not self.half_closed:
             self.transport.write_eof()

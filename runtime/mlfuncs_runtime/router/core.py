@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
 import logging
 import os
 import random
-import time
 from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mlfuncs.errors import MlfuncsError, NotFound, TooLarge, Unauthorized
 from mlfuncs_runtime.router.access import cors_headers, is_token_valid, preflight_headers
 from mlfuncs_runtime.router.endpoint import Endpoint, ReplicaState, RevisionState
 from mlfuncs_runtime.router.http import RequestHead, decode_unreserved, problem_of
+from mlfuncs_runtime.router.ids import Ids
 from mlfuncs_runtime.router.request import Plan, Request
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 _PLACES = 4096  # request targets whose place is remembered
 _PLANS = 2048  # heads of requests that are recognised by their bytes
 _SWEEP_S = 0.01  # deadlines are looked at no more often than this
-_MASK = 2**64 - 1
 
 
 @dataclass(frozen=True)
@@ -79,9 +78,7 @@ class Core:
         self._tasks: set[asyncio.Task[Any]] = set()
         self.next_sweep_s = float("inf")
         self._timer: asyncio.TimerHandle | None = None
-        self._prefix = os.urandom(6).hex().encode() + b"-"
-        self._trace = b"00-" + os.urandom(8).hex().encode()
-        self._count = itertools.count(int.from_bytes(os.urandom(4)) + 1)
+        self.ids = Ids()
 
     # --- the table
 
@@ -166,18 +163,20 @@ class Core:
 
     def new_id(self) -> bytes:
         """An id for a request that is refused before its head is understood."""
-        return self._prefix + b"%016x" % (next(self._count) * 0x9E3779B97F4A7C15 & _MASK)
+        return self.ids.prefix + self.ids.number()
 
     def identify(self, request: Request) -> None:
         """Give the request its id, its trace and its time of arrival."""
-        # Fibonacci hashing: a multiplier without a common factor with 2**64 spreads the counter, and repeats no value
-        number = b"%016x" % (next(self._count) * 0x9E3779B97F4A7C15 & _MASK)
-        head = request.head
-        request.arrived_s = time.monotonic()
-        request.request_id = head.request_id or self._prefix + number
-        request.traceparent = head.traceparent or self._trace + number + b"-" + number + b"-01"
-        if self.spans is not None and head.traceparent:
+        request.arrived_s = monotonic()
+        ids, head = self.ids, request.head
+        number = ids.spare.pop() if ids.spare else ids.number()
+        request.request_id = head.request_id or ids.prefix + number
+        if not head.traceparent:
+            request.traceparent = b"".join((ids.trace, number, b"-", number, b"-01"))
+        elif self.spans is not None:
             request.traceparent = self.spans.own_traceparent(head.traceparent, number)
+        else:
+            request.traceparent = head.traceparent
 
     def route(self, request: Request, client: Client) -> Plan | None:
         """Check a request and hand it to its endpoint; the plan that was followed. None: the platform answered.
@@ -220,8 +219,9 @@ class Core:
     def follow(self, request: Request, plan: Plan) -> None:
         """Hand a request to its endpoint by a plan made for an equal head. Raises MlfuncsError when it is refused."""
         endpoint = plan.endpoint
-        if endpoint.bucket is not None:
-            endpoint.rate_limit(request.arrived_s)
+        bucket = endpoint.bucket
+        if bucket is not None and (wait_s := bucket.take(request.arrived_s)):
+            raise endpoint.over_rate(wait_s)
         request.plan = plan
         request.deadline_s = request.arrived_s + plan.timeout_s
         endpoint.admit(request, plan.state or endpoint.revision(self._next_revision(endpoint)))
@@ -281,7 +281,7 @@ class Core:
     def fail(self, request: Request, error: MlfuncsError) -> None:
         """Answer an admitted request with a problem document."""
         request.status = error.status
-        request.endpoint.settle(request, time.monotonic())
+        request.endpoint.settle(request, monotonic())
         status, body, extra = problem_of(error, request.request_id)
         request.caller.reply(request, status, body, extra)
 
@@ -290,12 +290,12 @@ class Core:
         if self._timer is not None:
             self._timer.cancel()
         self.next_sweep_s = at_s
-        delay_s = max(_SWEEP_S, at_s - time.monotonic())
+        delay_s = max(_SWEEP_S, at_s - monotonic())
         self._timer = asyncio.get_running_loop().call_later(delay_s, self._sweep)
 
     def _sweep(self) -> None:
         self._timer, self.next_sweep_s = None, float("inf")
-        now_s = time.monotonic()
+        now_s = monotonic()
         for request in [request for request in self.active if request.deadline_s <= now_s]:
             if not request.done:
                 request.endpoint.expire(request)

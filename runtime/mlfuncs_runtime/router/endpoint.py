@@ -182,12 +182,11 @@ class Endpoint:
 
     # --- requests
 
-    def rate_limit(self, now_s: float) -> None:
-        """Raise Overloaded when the endpoint's token bucket is empty."""
-        if self.bucket is not None and (wait_s := self.bucket.take(now_s)):
-            self.reject("rate")
-            rate = self.route.access.rate_per_s
-            raise Overloaded(f"endpoint {self.name!r} takes {rate:g} requests per second; try again later", wait_s)
+    def over_rate(self, wait_s: float) -> Overloaded:
+        """The error for a request that found the token bucket empty, counted."""
+        self.reject("rate")
+        rate = self.route.access.rate_per_s
+        return Overloaded(f"endpoint {self.name!r} takes {rate:g} requests per second; try again later", wait_s)
 
     def reject(self, reason: str) -> None:
         """Count a request that was turned away."""
@@ -218,6 +217,10 @@ class Endpoint:
             replica = choose_replica(revision.replicas, revision.concurrency, random)
         if replica is None:
             self._enqueue(request)
+        elif replica.idle:  # what `_assign` does, without the call: this is on the fast path
+            replica.in_flight += 1
+            request.replica = replica
+            replica.idle.pop().send(request, now_s)
         else:
             self._assign(request, replica, now_s)
 

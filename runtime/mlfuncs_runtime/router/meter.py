@@ -17,25 +17,27 @@ _KEPT_S = 120  # seconds of buckets kept for a reader that is away
 class LoadMeter:
     """Average concurrency and arrivals per second. Times are seconds on one monotonic clock.
 
+    The time that requests were here in a second is the sum of their ends less the sum of their beginnings, where one
+    that began before begins with the second, and one that is still here ends with it.
+
     >>> meter = LoadMeter(10.0)
     >>> meter.enter(10.5); meter.leave(10.75); meter.take(11.0)
     [(10, 0.25, 1)]
     """
 
-    __slots__ = ("_area", "_arrived", "_buckets", "_end", "_since", "active")
+    __slots__ = ("_area", "_arrived", "_buckets", "_end", "active")
 
     def __init__(self, now_s: float) -> None:
         self.active = 0
-        self._area, self._arrived = 0.0, 0
-        self._since, self._end = now_s, math.floor(now_s) + 1
+        self._area, self._arrived = 0.0, 0  # of the second under way, the ends of requests that are here not yet added
+        self._end = math.floor(now_s) + 1
         self._buckets: list[tuple[int, float, int]] = []
 
     def enter(self, now_s: float) -> None:
         """Count one more request."""
         if now_s >= self._end:
             self._roll(now_s)
-        self._area += self.active * (now_s - self._since)
-        self._since = now_s
+        self._area -= now_s
         self.active += 1
         self._arrived += 1
 
@@ -43,8 +45,7 @@ class LoadMeter:
         """Count one request less."""
         if now_s >= self._end:
             self._roll(now_s)
-        self._area += self.active * (now_s - self._since)
-        self._since = now_s
+        self._area += now_s
         self.active -= 1
 
     def take(self, now_s: float) -> list[tuple[int, float, int]]:
@@ -63,18 +64,16 @@ class LoadMeter:
         """
         if now_s >= self._end:
             self._roll(now_s)
-        return self._end - 1, self._area + self.active * max(0.0, now_s - self._since), self._arrived
+        return self._end - 1, max(0.0, self._area + self.active * now_s), self._arrived
 
     def _roll(self, now_s: float) -> None:
         while now_s >= self._end:
-            area = self._area + self.active * (self._end - self._since)
+            area = max(0.0, self._area + self.active * self._end)
             self._buckets.append((self._end - 1, area, self._arrived))
-            self._area, self._arrived = 0.0, 0
-            self._since = self._end
             self._end += 1
             if now_s - self._end > _KEPT_S:  # a long silence: only its end is told
                 self._end = math.floor(now_s) - _KEPT_S
-                self._since = self._end - 1
+            self._area, self._arrived = float(-self.active * (self._end - 1)), 0
         del self._buckets[:-_KEPT_S]
 
 

@@ -7,7 +7,7 @@ are recognised by their bytes (the id put aside) and passed on without being par
 from __future__ import annotations
 
 import asyncio
-import time
+from time import monotonic
 from typing import TYPE_CHECKING, cast
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
@@ -163,7 +163,7 @@ class Upstream(asyncio.Protocol):
         request.status = status
         request.caller.write(data)
         self.request = request.upstream = None
-        now_s = time.monotonic()
+        now_s = monotonic()
         self.replica.park(self)
         request.endpoint.settle(request, now_s)
         request.caller.finished(request, now_s)
@@ -267,7 +267,7 @@ class Upstream(asyncio.Protocol):
 
     def _finish(self, request: Request) -> None:
         self.request = request.upstream = None
-        now_s = time.monotonic()
+        now_s = monotonic()
         reusable = self._keeps and request.complete and not self._excess and not self._until_close
         if reusable and self.transport.is_reading():
             self.replica.park(self)
@@ -297,7 +297,7 @@ class Upstream(asyncio.Protocol):
             return
         request.upstream = None
         if self._until_close and request.head_sent and exc is None:
-            now_s = time.monotonic()
+            now_s = monotonic()
             request.endpoint.settle(request, now_s)
             request.caller.finished(request, now_s, close=True)
             return
