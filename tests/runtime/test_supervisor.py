@@ -231,6 +231,33 @@ def test_what_serves_survives_a_killed_supervisor_and_the_next_one_goes_on_with_
     assert [replica.pid for replica in served.status().replicas] == [pid]
 
 
+def test_the_sentinel_tries_on_while_the_port_of_the_router_is_taken(own_home: Settings):
+    served = put("    return x\n")
+    state = json.loads((own_home.home / "run" / "state.json").read_text())
+    router = target().overview()["router"]
+    sentinel, supervisor = state["extra"]["sentinel"]["pid"], state["extra"]["supervisor"]
+    os.kill(sentinel, signal.SIGSTOP)
+    for pid in (supervisor, router["pid"]):
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda pid=pid: not is_running(pid), "the end")
+    log = own_home.home / "logs" / "supervisor.log"
+    port = int(router["url"].rpartition(":")[2])
+    with socket.create_server(("127.0.0.1", port)):
+        os.kill(sentinel, signal.SIGCONT)
+        wait_until(lambda: log.read_text().count(f"port {port} of 127.0.0.1 is taken") >= 2, "two tries", 120)
+    wait_until(lambda: _answers(port), "the router", 120)
+    assert served.invoke(3) == 3
+    assert target().overview()["router"]["url"] == router["url"]
+
+
+def _answers(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
 def test_any_call_starts_the_supervisor_when_it_and_its_sentinel_are_gone():
     put("    return x\n", "calling")
     home = Path(os.environ["MLFUNCS_HOME"])

@@ -361,3 +361,38 @@ def test_the_holes_of_the_heap_are_taken_before_a_fork(require: Any) -> None:
     before, after = found
     assert before > 1_000_000
     assert after < before / 10
+
+
+class Held:
+    """A child of the process that constructs it waits, inside of fork(), until there is a file `gate`."""
+
+    def __init__(self, gate: str) -> None:
+        import os
+        import time
+
+        def wait() -> None:
+            while not os.path.exists(gate):
+                time.sleep(0.005)
+
+        os.register_at_fork(after_in_child=wait)
+
+    def __call__(self, name: str) -> str:
+        return name
+
+
+def test_a_worker_that_is_told_to_end_before_it_serves_ends(start: Any, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    zygote = start(Held, {"gate": str(gate)}).wait_loaded()
+    told = zygote.order(op="fork", replica="r1", socket=str(tmp_path / "r1.sock"))
+    zygote.pids.append(told["pid"])
+    os.kill(told["pid"], signal.SIGTERM)  # the child is in its first moment, held by the class's own hook
+    gate.touch()
+    exits: list[dict[str, int]] = []
+
+    def has_ended() -> bool:
+        exits.extend(zygote.order(op="exits")["exits"])
+        return bool(exits)
+
+    wait_for(has_ended)
+    assert exits == [{"pid": told["pid"], "status": -signal.SIGTERM}]
+    assert request(zygote.fork("r2"), {"name": "ann"}) == (200, "ann")

@@ -88,11 +88,11 @@ class Supervisor:
         state = read_json(self.places.state) or {}
         self.fleet.adopt(state)
         self.scaler.restore(self.books.extra.get("scaled") or {})
-        self._stop_old_sentinel(state)
         await self.router.start()
         await self.refresh()
         server = await serve(self.places.supervisor_socket, Orders(self).answer)
         self._start_sentinel()
+        self._stop_old_sentinel(state)  # not sooner: until now it would have started another one in our place
         self._background(
             self.router.watch(), self._tick(), self._watch_registry(), self._check_health(), self._passes()
         )

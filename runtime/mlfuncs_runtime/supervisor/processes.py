@@ -39,11 +39,11 @@ class ProcessHandle:
 
     def is_alive(self) -> bool:
         """Whether the process still runs; a zombie does not."""
-        return self._fd >= 0 and not select.select([self._fd], [], [], 0)[0]
+        return self._fd >= 0 and not _ends(self._fd, 0.0)
 
     def wait_sync(self, timeout_s: float) -> bool:
         """Block until the process is gone; False when it still runs after `timeout_s`."""
-        gone = bool(select.select([self._fd], [], [], timeout_s)[0])
+        gone = self._fd < 0 or _ends(self._fd, timeout_s)
         if gone:
             self.exit_status()
         return gone
@@ -73,6 +73,13 @@ class ProcessHandle:
     def to_dict(self) -> dict[str, int]:
         """What `reopen` needs to find the same process again."""
         return {"pid": self.pid, "started": self.started}
+
+
+def _ends(handle: int, timeout_s: float) -> bool:
+    """Whether the process of a pidfd is gone within the time; by poll(2), as select(2) takes no handle over 1023."""
+    watch = select.poll()
+    watch.register(handle, select.POLLIN)
+    return bool(watch.poll(timeout_s * 1000))
 
 
 def start_ticks(pid: int) -> int | None:

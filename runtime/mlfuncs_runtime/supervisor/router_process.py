@@ -7,13 +7,14 @@ import errno
 import ipaddress
 import logging
 import os
+import signal
 import socket
 import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
-from mlfuncs.errors import Conflict, SpecError, Unavailable
+from mlfuncs.errors import Conflict, MlfuncsError, SpecError, Unavailable
 from mlfuncs.settings import Settings
 from mlfuncs_runtime.control import ControlClient
 from mlfuncs_runtime.routes import Route
@@ -84,12 +85,13 @@ class RouterProcess:
             log.warning("the router %s; it is started again", failures.reason)
             await asyncio.sleep(failures.delay_s)
             self._sent = None
-            if self._listener is None:
-                self._bind()
             try:
+                if self._listener is None:
+                    self._bind()
                 await self._spawn()
-            except Unavailable as exc:
+            except (MlfuncsError, OSError) as exc:  # e.g. the port was taken meanwhile: tried again, later each time
                 log.error("%s", exc)
+                self._process.send(signal.SIGKILL)  # one that runs and does not answer is none
 
     async def configure(self, routes: Sequence[Route]) -> None:
         """Give the router the whole table, when it is not the one it has."""

@@ -52,6 +52,7 @@ THREAD_VARIABLES = (
 )
 # pyarrow (and so pandas) starts jemalloc's background thread on import, unless told not to
 _QUIET = {"JE_ARROW_MALLOC_CONF": "background_thread:false"}
+_ENDING = (signal.SIGTERM, signal.SIGINT)
 _ORDER_LIMIT = 65_536  # bytes of one order
 
 
@@ -154,8 +155,8 @@ class Zygote:
 
     def run(self) -> WorkerConfig | None:
         """Take orders until SIGTERM; in a forked child, return at once with that worker's config."""
-        signal.signal(signal.SIGTERM, self._end)
-        signal.signal(signal.SIGINT, self._end)
+        for number in _ENDING:
+            signal.signal(number, self._end)
         wake, woken = socket.socketpair()
         for end in (wake, woken):
             end.setblocking(False)
@@ -253,7 +254,7 @@ class Zygote:
         self._check_forkable()
         self._reap()
         try:
-            pid = os.fork()
+            pid = _fork_mortal()
         except OSError as exc:
             raise Conflict(f"cannot fork: {exc.strerror}; spawn instead") from exc
         if pid == 0:
@@ -284,6 +285,19 @@ class Zygote:
         if unlink:
             with contextlib.suppress(OSError):
                 os.unlink(self._control)
+
+
+def _fork_mortal() -> int:
+    """As os.fork(); a SIGTERM ends the child from its first moment, where the zygote's handler would swallow it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+    try:
+        pid = os.fork()
+        if pid == 0:
+            for number in _ENDING:
+                signal.signal(number, signal.SIG_DFL)
+        return pid
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
 
 
 def _parse(line: bytes) -> dict[str, Any]:
