@@ -6,6 +6,7 @@ The core imports neither the runtime, the pipelines nor the feature store: it na
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import Any
 
 from mlfuncs.errors import MissingExtra, NotFound
@@ -40,6 +41,19 @@ ADAPTERS: dict[str, tuple[str, str]] = {
     "features:stop": ("mlfuncs_featurestore.redis_embedded:stop_embedded", "featurestore"),
 }
 
+# how messages call what a group of adapters does
+_GROUPS = {
+    "target": "the target {!r}",
+    "runs": "the target {!r} of runs",
+    "images": "building images",
+    "manifests": "rendering manifests",
+    "pipelines": "a pipeline",
+    "sweep": "the target {!r} of sweeps",
+    "cli": "'mlfuncs {}'",
+    "features": "the feature store",
+}
+_CALLED = {"docker": "docker"}  # extra -> the module that its adapters import no sooner than they are called
+
 # public name of the facade -> "package.module:attribute" and its extra
 FACADE: dict[str, tuple[str, str]] = {
     "pipeline": ("mlfuncs_pipelines.pipeline:pipeline", "pipelines"),
@@ -59,12 +73,15 @@ def load(name: str) -> Any:
     """The object that the table names. Raises NotFound for an unknown name, MissingExtra when its extra is absent."""
     if name not in ADAPTERS:
         raise NotFound("adapter", name, ADAPTERS)
-    return resolve(*ADAPTERS[name], what=name)
+    group, _, one = name.partition(":")
+    return resolve(*ADAPTERS[name], what=_GROUPS.get(group, group).format(one))
 
 
 def resolve(path: str, extra: str, what: str) -> Any:
     """The attribute at "package.module:attribute"; a missing third-party module becomes MissingExtra."""
     module_name, _, attribute = path.partition(":")
+    if extra in _CALLED and importlib.util.find_spec(_CALLED[extra]) is None:
+        raise MissingExtra(f"{what} ({_CALLED[extra]})", extra)
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as exc:

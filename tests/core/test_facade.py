@@ -71,3 +71,24 @@ def test_editors_see_every_name_of_the_core() -> None:
     tree = ast.parse(Path(ml.__file__).read_text())
     seen = {(n.module, a.asname) for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for a in n.names if a.asname}
     assert {(module, name) for name, module in ml._CORE.items()} <= seen
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("runs:docker", r"the target 'docker' of runs \(docker\) needs .*pip install 'mlfuncs\[docker\]'"),
+        ("target:docker", r"the target 'docker' \(docker\)"),
+        ("images:build", r"building images \(docker\)"),
+        ("runs:kubernetes", r"the target 'kubernetes' of runs \(kubernetes\) needs .*'mlfuncs\[kubernetes\]'"),
+    ],
+)
+def test_an_adapter_whose_extra_is_absent_says_what_to_install(name: str, words: str) -> None:
+    code = (
+        "import sys\n"
+        "sys.modules.update(docker=None, kubernetes=None)\n"  # as where the extras are not installed
+        "from mlfuncs import adapters, errors\n"
+        f"try: adapters.load({name!r})\n"
+        "except errors.MissingExtra as exc: print(exc)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert re.match(words, done.stdout), done.stdout
