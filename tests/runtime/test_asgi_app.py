@@ -178,7 +178,7 @@ def test_what_the_function_raises_is_a_500_without_its_text() -> None:
 
 @pytest.mark.parametrize("batch", [None, Batch(max_size=8)])
 @pytest.mark.parametrize("asynchronous", [False, True])
-@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, asyncio.CancelledError])
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, GeneratorExit, asyncio.CancelledError])
 def test_what_is_no_exception_is_a_500_like_any_other_and_ends_nothing(
     error: type[BaseException], asynchronous: bool, batch: Batch | None
 ) -> None:

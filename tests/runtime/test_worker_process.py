@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -154,8 +154,8 @@ def test_a_sigterm_that_does_not_wake_the_main_thread_ends_the_worker_all_the_sa
     assert worker.process.wait(60) == 0
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
-def test_a_fork_that_comes_back_from_the_function_ends_and_does_not_serve(start: Any, asynchronous: bool) -> None:
+@pytest.mark.parametrize("way", ["sync", "async", "awaiting", "stream", "async_stream"])
+def test_a_fork_that_comes_back_from_the_function_ends_and_does_not_serve(start: Any, way: str) -> None:
     def split() -> int:
         import os
 
@@ -164,7 +164,22 @@ def test_a_fork_that_comes_back_from_the_function_ends_and_does_not_serve(start:
     async def split_later() -> int:
         return split()
 
-    worker = start(split_later if asynchronous else split).wait_ready()
+    async def split_and_wait() -> int:
+        import asyncio
+
+        await asyncio.sleep(0)
+        child = split()
+        await asyncio.sleep(0.001)
+        return child
+
+    def split_stream() -> Iterator[int]:
+        yield split()
+
+    async def split_and_stream() -> AsyncIterator[int]:
+        yield await split_and_wait()
+
+    ways = {"sync": split, "async": split_later, "awaiting": split_and_wait, "stream": split_stream}
+    worker = start({**ways, "async_stream": split_and_stream}[way]).wait_ready()
     status, _, body = worker.request("POST", "/", {})
     child = int(body)
     assert status == 200 and child > 0  # the answer is the parent's

@@ -1,4 +1,4 @@
-"""Running a handler's calls: sync ones on threads of their own or inline, async ones on the loop; all with a deadline.
+"""Running a sync handler's calls, on threads of their own or inline, with a deadline (async ones: `async_calls.py`).
 
 A sync handler of one thread always runs on the process's main thread, so that what it keeps per thread (a SQLite
 connection, a CUDA context) stays valid. While it is quick the main thread runs the server's loop and calls it there
@@ -10,18 +10,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
-import os
 import threading
 import time
 from asyncio import events
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from queue import Empty, SimpleQueue
-from types import CoroutineType
 from typing import Any, Protocol
 
 from mlfuncs.errors import DeadlineExceeded, MlfuncsError, Overloaded
 from mlfuncs.serving.request_context import RequestContext
+from mlfuncs_runtime.worker.forks import end_fork
 from mlfuncs_runtime.worker.placement import Placement
 
 _SIGNALS_S = 0.25  # how late a signal may be noticed; as often as the guard looks
@@ -44,81 +43,6 @@ class Calls(Protocol):
 def too_late() -> DeadlineExceeded:
     """The error for a call that did not end before its deadline."""
     return DeadlineExceeded("the function did not answer within its timeout; raise timeout_s or send less at once")
-
-
-_forked = False
-
-
-def _note_fork() -> None:
-    global _forked
-    _forked = True
-
-
-def forbid_forks() -> None:
-    """From now on a fork of this process that comes back from the user's code ends there: it must not serve too."""
-    os.register_at_fork(after_in_child=_note_fork)
-
-
-def end_fork() -> None:
-    """End this process when it is a fork that came back from the user's code."""
-    if _forked:
-        os._exit(0)
-
-
-class AsyncCalls:
-    """Async handlers run on the loop, as many at once as come."""
-
-    inline = False
-
-    def run_inline(self, call: Callable[..., Any], values: Mapping[str, Any], context: RequestContext) -> Any:
-        """Never allowed: an async call does not end at once."""
-        raise RuntimeError("an async handler does not run inline")
-
-    async def run(self, call: Callable[[], Awaitable[Any]], context: RequestContext) -> Any:
-        """Await the call's coroutine; it is cancelled at the deadline.
-
-        A coroutine that ends at its first step, as most quick handlers do, costs no timer.
-        """
-        coroutine = call()
-        if not isinstance(coroutine, CoroutineType):
-            rest = coroutine
-        else:
-            try:
-                rest = _Rest(coroutine, coroutine.send(None))
-            except StopIteration as done:
-                return done.value
-        try:
-            async with asyncio.timeout(max(0.0, context.remaining_s())) as scope:
-                return await rest
-        except TimeoutError as exc:
-            if scope.expired():
-                raise too_late() from exc
-            raise
-
-
-class _Rest:
-    """A coroutine after its first step, which gave `waiting`; awaiting it goes on as a plain await would."""
-
-    __slots__ = ("_coroutine", "_waiting")
-
-    def __init__(self, coroutine: CoroutineType[Any, Any, Any], waiting: Any) -> None:
-        self._coroutine, self._waiting = coroutine, waiting
-
-    def __await__(self) -> Generator[Any, Any, Any]:
-        coroutine, waiting = self._coroutine, self._waiting
-        while True:
-            try:
-                try:
-                    sent = yield waiting
-                except GeneratorExit:
-                    coroutine.close()
-                    raise
-                except BaseException as exc:  # noqa: BLE001 - thrown on into the coroutine
-                    waiting = coroutine.throw(exc)
-                else:
-                    waiting = coroutine.send(sent)
-            except StopIteration as done:
-                return done.value
 
 
 class _Job:
@@ -262,7 +186,10 @@ class ThreadCalls:
         started = time.perf_counter()
         try:
             return call(**values)
+        except GeneratorExit as exc:  # Python takes one for the end of whoever awaits
+            raise RuntimeError("the function raised GeneratorExit") from exc
         finally:
+            end_fork()
             seconds = time.perf_counter() - started
             self.running_inline = None
             events._set_running_loop(loop)
@@ -307,8 +234,8 @@ class ThreadCalls:
                 continue
             if error is None:
                 job.future.set_result(result)
-            elif isinstance(error, StopIteration):  # a future refuses it
-                job.future.set_exception(RuntimeError("the function raised StopIteration"))
+            elif isinstance(error, StopIteration | GeneratorExit):  # a future refuses the one, an await the other
+                job.future.set_exception(RuntimeError(f"the function raised {type(error).__name__}"))
             else:
                 job.future.set_exception(error)
 

@@ -15,9 +15,10 @@ from mlfuncs.serving.request_context import CURRENT_REQUEST
 from mlfuncs.spec import Batch
 from mlfuncs_runtime.worker.arrow_io import ARROW, read_values
 from mlfuncs_runtime.worker.arrow_io import dump as dump_arrow
+from mlfuncs_runtime.worker.async_calls import AsyncCalls
 from mlfuncs_runtime.worker.batched import BatchedCalls
 from mlfuncs_runtime.worker.batching import row_plan
-from mlfuncs_runtime.worker.calls import AsyncCalls, ThreadCalls, end_fork, too_late
+from mlfuncs_runtime.worker.calls import ThreadCalls, too_late
 from mlfuncs_runtime.worker.content_coding import read_body
 from mlfuncs_runtime.worker.exchange import JSON, Exchange
 from mlfuncs_runtime.worker.failures import bad_result, handler_failure
@@ -77,8 +78,6 @@ class Invocation:
             return await calls.run(partial(self._call, **values), exchange)
         except Exception as exc:
             raise handler_failure(exc) from exc
-        finally:
-            end_fork()
 
     async def collect(self, values: Mapping[str, Any], exchange: Exchange) -> Any:
         """As `call`; a stream's items come as a list, all within the one deadline."""
@@ -103,8 +102,6 @@ class Invocation:
             return await running
         except Exception as exc:
             raise handler_failure(exc) from exc
-        finally:
-            end_fork()
 
     async def post(self, exchange: Exchange) -> None:
         """Answer a typed request. Written flat: each awaited helper would cost a microsecond on every request."""

@@ -16,7 +16,8 @@ import uvloop
 
 from mlfuncs.errors import StorageError
 from mlfuncs_runtime.worker.asgi import WorkerApp
-from mlfuncs_runtime.worker.calls import ThreadCalls, forbid_forks
+from mlfuncs_runtime.worker.calls import ThreadCalls
+from mlfuncs_runtime.worker.forks import forbid_forks
 from mlfuncs_runtime.worker.guard import Guard
 
 BACKLOG = 1024

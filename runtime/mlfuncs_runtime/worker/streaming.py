@@ -10,8 +10,10 @@ from typing import Any
 
 from mlfuncs.errors import HandlerFailed, MlfuncsError
 from mlfuncs.serving.request_context import RequestContext
+from mlfuncs_runtime.worker.async_calls import Rest
 from mlfuncs_runtime.worker.calls import Calls, too_late
 from mlfuncs_runtime.worker.exchange import Exchange
+from mlfuncs_runtime.worker.forks import end_fork
 
 NDJSON = b"application/x-ndjson"
 EVENTS = b"text/event-stream"
@@ -34,7 +36,7 @@ async def iterate_async(generator: Any, context: RequestContext) -> AsyncIterato
         while True:
             try:
                 async with asyncio.timeout(max(0.0, context.remaining_s())) as scope:
-                    item = await anext(generator, _END)
+                    item = await _step(generator)
             except TimeoutError as exc:
                 raise too_late() if scope.expired() else exc from exc
             if item is _END:
@@ -42,6 +44,18 @@ async def iterate_async(generator: Any, context: RequestContext) -> AsyncIterato
             yield item
     finally:
         await generator.aclose()
+
+
+async def _step(generator: Any) -> Any:
+    """The next item, or _END."""
+    steps = anext(generator, _END).__await__()
+    try:
+        waiting = steps.send(None)
+    except StopIteration as done:
+        return done.value
+    finally:
+        end_fork()
+    return await Rest(steps, waiting)
 
 
 async def stream(
