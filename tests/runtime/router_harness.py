@@ -170,6 +170,9 @@ class _WorkerConnection(asyncio.Protocol):
             write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nokHTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nevil")
         elif kind == "hints":
             write(b"HTTP/1.1 103 Early Hints\r\nlink: </a>\r\n\r\nHTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")
+        elif kind == "old":
+            write(b"HTTP/1.0 200 OK\r\ncontent-length: 2\r\n\r\nok")
+            self.transport.close()
         elif kind == "closing":
             write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: close\r\nkeep-alive: timeout=5\r\n\r\nok")
             self.transport.close()

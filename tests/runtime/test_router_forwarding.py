@@ -429,6 +429,70 @@ def test_a_worker_is_told_the_prefix_that_was_taken_off_its_paths() -> None:
         for target in ("/predict/a", "/predict--canary/a?b=/c", "/%70redict/a", "/predict?b=/c", "/predict"):
             await harness.call("GET", target, X_Forwarded_Prefix="/elsewhere")
         told = [[value for name, value in seen.headers if name.lower() == "x-forwarded-prefix"] for seen in worker.seen]
-        assert told == [["/predict"], ["/predict--canary"], ["/predict"], ["/predict"], []]
+        assert told == [[given] for given in ("/elsewhere/predict", "/elsewhere/predict--canary")] + [
+            ["/elsewhere/predict"],
+            ["/elsewhere/predict"],
+            [],
+        ]
+
+    with_router(test)
+
+
+@pytest.mark.parametrize(
+    ("outer", "told"),
+    [
+        ("/a/b/", "/a/b/predict"),
+        ("", "/predict"),
+        ("//evil.example", "/predict"),
+        ("/a?b", "/predict"),
+        ("/", "/predict"),
+    ],
+)
+def test_a_prefix_of_a_proxy_before_the_router_comes_first_when_it_is_a_path(outer: str, told: str) -> None:
+    async def test(harness: Harness) -> None:
+        worker = await harness.worker()
+        harness.route(worker)
+        await harness.call("GET", "/predict/docs", X_Forwarded_Prefix=outer)
+        assert worker.seen[0].header("x-forwarded-prefix") == told
+
+    with_router(test)
+
+
+@pytest.mark.parametrize(
+    ("target", "seen"),
+    [("http://test/predict/a?b", "/a?b"), ("HTTP://TEST/predict", "/"), ("https://test/predict/", "/")],
+)
+def test_a_target_that_is_a_url_of_the_host_is_its_path(target: str, seen: str) -> None:
+    async def test(harness: Harness) -> None:
+        worker = await harness.worker()
+        harness.route(worker)
+        for _ in range(3):
+            assert (await harness.call("GET", target)).json()["target"] == seen
+
+    with_router(test)
+
+
+def test_an_answer_of_http_1_0_is_one_of_1_1_for_the_client() -> None:
+    async def test(harness: Harness) -> None:
+        harness.route(await harness.worker())
+        connection = await harness.connect()
+        for _ in range(2):
+            await connection.send(message("GET", "/predict/old"))
+            head = await connection.reader.readuntil(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 200 OK\r\n")
+            assert b"connection: close" not in head.lower()
+            assert await connection.reader.readexactly(2) == b"ok"
+
+    with_router(test)
+
+
+def test_says_that_a_refused_websocket_ends_its_connection() -> None:
+    async def test(harness: Harness) -> None:
+        harness.route(await harness.worker())
+        asked = {"Connection": "Upgrade", "Upgrade": "websocket"}
+        for target in ("/predict", "/nobody"):
+            connection = await harness.connect()
+            await connection.send(message("GET", target, **asked))
+            assert b"connection: close\r\n" in (await connection.rest()).lower()
 
     with_router(test)

@@ -56,7 +56,10 @@ MALFORMED = {
     "empty name": GET + b": b\r\n\r\n",
     "no host": b"GET /predict HTTP/1.1\r\n\r\n",
     "two hosts": GET + b"Host: b\r\n\r\n",
-    "absolute form": b"GET http://a/predict HTTP/1.1\r\nHost: a\r\n\r\n",
+    "absolute form of another host": b"GET http://b/predict HTTP/1.1\r\nHost: a\r\n\r\n",
+    "absolute form with a user": b"GET http://u@a/predict HTTP/1.1\r\nHost: a\r\n\r\n",
+    "absolute form without a host": b"GET http:///predict HTTP/1.0\r\n\r\n",
+    "CONNECT with a path": b"CONNECT /predict HTTP/1.1\r\nHost: a\r\n\r\n",
     "authority form": b"CONNECT a:80 HTTP/1.1\r\nHost: a\r\n\r\n",
     "asterisk": b"OPTIONS * HTTP/1.1\r\nHost: a\r\n\r\n",
     "fragment": b"GET /predict#a HTTP/1.1\r\nHost: a\r\n\r\n",
@@ -77,6 +80,7 @@ OTHER_STATUS = {
     GET + b"X-A: b\r\n" * 200 + b"\r\n": b"431",
     b"GET /" + b"a" * 20_000 + b" HTTP/1.1\r\nHost: a\r\n\r\n": b"431",
     b"GET /" + b"a" * 40_000: b"431",
+    CHUNKED + b"2\r\n{}\r\n0\r\n" + b"X-A: b\r\n" * 3000 + b"\r\n": b"431",
 }
 
 
@@ -120,6 +124,27 @@ def test_refuses_with_the_status_that_says_why(raw: bytes, status: bytes) -> Non
         connection = await harness.connect()
         await connection.send(raw)
         assert (await connection.rest()).startswith(b"HTTP/1.1 " + status)
+        assert worker.seen == []
+
+    with_router(test)
+
+
+@pytest.mark.parametrize("endless", [b"0\r\nX-A: ", b"0\r\n", b"2;a="])
+def test_refuses_trailers_and_chunk_extensions_without_end(endless: bytes) -> None:
+    """They are no part of the body, so that its bound does not hold for them."""
+
+    async def test(harness: Harness) -> None:
+        worker = await harness.worker()
+        harness.route(worker)
+        connection = await harness.connect()
+        await connection.send(CHUNKED + b"2\r\n{}\r\n" + endless)
+        (client,) = harness.router.core.clients
+        for _ in range(100):
+            if client.closing:
+                break
+            await connection.send(b"X-A: b\r\n" * 200 if endless.endswith(b"\n") else b"a" * 1400)
+            await asyncio.sleep(0.001)
+        assert (await connection.rest()).startswith(b"HTTP/1.1 431 ")
         assert worker.seen == []
 
     with_router(test)

@@ -43,7 +43,9 @@ class Client(RequestReader):
     def keeps_alive(self) -> bool:
         """Whether another request may follow the one being answered."""
         request = self.request
-        return request is not None and request.head.keep_alive and not self.core.draining
+        if request is None or request.head.websocket:  # its client may take the connection for anything now
+            return False
+        return request.head.keep_alive and not self.core.draining
 
     # --- the connection
 

@@ -22,6 +22,8 @@ _ID = re.compile(rb"[!-~]{1,128}")
 _TRACEPARENT = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-[!-~]*)?")
 _ESCAPE = re.compile(rb"%([0-9A-Fa-f]{2})")
 _UNRESERVED = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")
+_ABSOLUTE = re.compile(rb"(?i:https?)://([^/?@]+)(/.*|\?.*)?")
+_PREFIX = re.compile(rb"(/[A-Za-z0-9._~-]+)+/?")  # no "//", which would name another host
 _TIMEOUT = re.compile(rb"\d{1,9}(\.\d{1,6})?")
 
 # Headers that mean something to this hop; all others pass as they came.
@@ -55,6 +57,7 @@ class RequestHead:
         "method",
         "minor",
         "origin",
+        "prefix",
         "request_id",
         "target",
         "timeout_s",
@@ -71,14 +74,12 @@ class RequestHead:
             self.minor = 0
         else:
             raise BadRequest(f"HTTP version {version!r} is not spoken here; use HTTP/1.1", 505)
-        if not target.startswith(b"/") or b"#" in target:
-            raise BadRequest(
-                f"the request target {target[:80].decode('latin-1')!r} must be a path that starts with '/'"
-            )
+        if method == b"CONNECT":
+            raise BadRequest("CONNECT asks for a tunnel to elsewhere, and there is none here")
         self.method, self.target, self.headers, self.keep_alive = method, target, headers, keep_alive
         self.length = 0
         self.chunked = self.expects = self.websocket = False
-        self.request_id = self.traceparent = self.authorization = self.cookie = self.origin = b""
+        self.request_id = self.traceparent = self.authorization = self.cookie = self.origin = self.prefix = b""
         self.timeout_s = math.inf
         self.lines: list[bytes] = []
         self._read(headers)
@@ -91,10 +92,10 @@ class RequestHead:
                 special.append((key, value.strip()))
             else:
                 lines += (name, b": ", value, CRLF)
-        hosts, options, upgrade = 0, b"", b""
+        hosts, host, options, upgrade = 0, b"", b"", b""
         for key, value in special:
             if key == b"host":
-                hosts += 1
+                hosts, host = hosts + 1, value
                 lines += (b"Host: ", value, CRLF)
             elif key == b"content-length":
                 self.length = int(value)
@@ -106,6 +107,8 @@ class RequestHead:
                 self._read_rare(key, value)
         if hosts != 1 and (self.minor or hosts):
             raise BadRequest(f"a request names one Host; this one names {hosts}")
+        if not self.target.startswith(b"/") or b"#" in self.target:
+            self.target = _origin_form(self.target, host)
         if upgrade or len(options) > 11:  # more than ",keep-alive"
             self._read_options(options, upgrade)
 
@@ -121,12 +124,16 @@ class RequestHead:
             self.request_id = value if _ID.fullmatch(value) else b""
         elif key == b"traceparent":
             self.traceparent = value if _TRACEPARENT.fullmatch(value) else b""
+        elif key == b"x-forwarded-prefix":  # what a proxy before us took off the path
+            self.prefix = value.rstrip(b"/") if _PREFIX.fullmatch(value) else b""
         elif key == b"x-mlfuncs-timeout-ms":
             if not _TIMEOUT.fullmatch(value):
                 raise BadRequest(f"X-Mlfuncs-Timeout-Ms must be milliseconds, not {value[:40].decode('latin-1')!r}")
             self.timeout_s = float(value) / 1000
         elif key == b"transfer-encoding":
-            if value.lower() != b"chunked" or self.chunked or not self.minor:
+            if not self.minor:
+                raise BadRequest("HTTP/1.0 has no transfer codings; send a Content-Length")
+            if value.lower() != b"chunked" or self.chunked:
                 raise BadRequest(f"transfer coding {value[:40].decode('latin-1')!r} is not understood; use 'chunked'")
             self.chunked = True
         elif key == b"expect":
@@ -152,6 +159,16 @@ class RequestHead:
                 if self.lines[at].lower() not in dropped
                 for piece in self.lines[at : at + 4]
             ]
+
+
+def _origin_form(target: bytes, host: bytes) -> bytes:
+    """The path of an absolute target that names the request's own host: RFC 9112, 3.2.2. Raises BadRequest."""
+    match = _ABSOLUTE.fullmatch(target)
+    if match is None or match[1].lower() != host.lower() or b"#" in target:
+        shown = target[:80].decode("latin-1")
+        raise BadRequest(f"the request target {shown!r} must be a path that starts with '/', or a URL of the Host")
+    path = match[2] or b""
+    return path if path.startswith(b"/") else b"/" + path
 
 
 def given_id(headers: Iterable[tuple[bytes, bytes]]) -> bytes:

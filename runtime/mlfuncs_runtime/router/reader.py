@@ -30,6 +30,7 @@ class RequestReader(asyncio.Protocol, ABC):
         "_parser",
         "_paused",
         "_receiving",
+        "_unread",
         "_url",
         "_waiting",
         "closing",
@@ -50,7 +51,8 @@ class RequestReader(asyncio.Protocol, ABC):
         self._waiting: deque[Request | tuple[int, str, bytes]] = deque()  # requests, and at the end a refusal
         self._url = b""
         self._headers: list[tuple[bytes, bytes]] = []
-        self._fed = 0
+        self._fed = 0  # bytes since the message began
+        self._unread = 0  # bytes since the head or the last byte of the body: chunk extensions and trailers
         self._parser = HttpRequestParser(self)
         self.transport: asyncio.Transport
 
@@ -79,11 +81,16 @@ class RequestReader(asyncio.Protocol, ABC):
         self._url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._headers.append((name, value))
+        if self._in_head:
+            self._headers.append((name, value))
+            return
+        self._unread += len(name) + len(value) + 4  # a trailer, which is dropped
+        if self._unread > HEAD_BYTES and not self.closing:
+            self._refuse(431, f"the request's trailers are over the bound of {HEAD_BYTES} bytes")
 
     def on_headers_complete(self) -> None:
         self._in_head = False
-        headers, self._headers = self._headers, []  # what follows the body is a trailer, and dropped
+        headers, self._headers, self._unread = self._headers, [], 0
         if self.closing:
             return
         if self._fed > HEAD_BYTES:
@@ -105,6 +112,7 @@ class RequestReader(asyncio.Protocol, ABC):
         self._waiting.append(self._receiving)
 
     def on_body(self, data: bytes) -> None:
+        self._unread = 0
         request = self._receiving
         if request is None or request.done:
             return
@@ -135,6 +143,7 @@ class RequestReader(asyncio.Protocol, ABC):
         in_head = self._in_head
         self._idle = False
         self._fed += len(data)
+        self._unread += len(data)
         try:
             self._parser.feed_data(data)
         except HttpParserUpgrade as exc:
@@ -184,7 +193,9 @@ class RequestReader(asyncio.Protocol, ABC):
         self._refuse(400, f"the request is not HTTP/1.1 as it is written: {exc}")
 
     def _check_body(self, request: Request) -> None:
-        if request.head.chunked and request.plan is not None and not request.done:
+        if request.head.chunked and self._unread > HEAD_BYTES and not self.closing:
+            self._refuse(431, f"over {HEAD_BYTES} bytes of chunk extensions or trailers came with the request")
+        elif request.head.chunked and request.plan is not None and not request.done:
             limit = request.endpoint.route.limits.body_bytes
             if request.size > limit:
                 request.endpoint.reject("body")

@@ -73,7 +73,7 @@ class Plan:
         lines = [head.method, b" ", path, b" HTTP/1.1\r\n", *head.lines]
         if path not in (b"/", head.target):  # a page of the function's own application, which links to others
             name, _, _ = head.target[1:].partition(b"/")
-            lines += (b"X-Forwarded-Prefix: /", decode_unreserved(name.partition(b"?")[0]), CRLF)
+            lines += (b"X-Forwarded-Prefix: ", head.prefix, b"/", decode_unreserved(name.partition(b"?")[0]), CRLF)
         rest = ((b"Cookie: ", head.cookie), (b"Origin: ", head.origin), (b"Authorization: ", authorization))
         for name, value in rest:
             if value:

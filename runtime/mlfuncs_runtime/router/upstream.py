@@ -220,7 +220,8 @@ class Upstream(asyncio.Protocol):
         extra = request.extra
         if not flags & _ID:
             extra = b"%sX-Request-Id: %s\r\n" % (extra, request.request_id)
-        if flags & _HOP or self._until_close or not request.caller.keeps_alive or not request.head.minor:
+        is_old = not (request.head.minor and raw.startswith(b"HTTP/1.1"))
+        if flags & _HOP or self._until_close or not request.caller.keeps_alive or is_old:
             raw = self._rewrite(request, raw, extra)
         elif extra:
             cut = raw.index(CRLF) + 2
