@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mlfuncs.errors import InvalidInput, SpecError
 from mlfuncs_pipelines import conditions
+from mlfuncs_pipelines.cycles import find_cycle
 from mlfuncs_pipelines.ir import ABSENT, Artifact, Component, Dag, Parameter, Pipeline, Task, constant_of
-from mlfuncs_pipelines.ir_shape import Problem
+from mlfuncs_pipelines.ir_shape import Problem, nearest
 from mlfuncs_pipelines.placeholders import mentions
 from mlfuncs_pipelines.values import coerce, from_file
 
@@ -291,34 +291,3 @@ def _loop_items(pipeline: Pipeline) -> set[str]:
 def dags_of(pipeline: Pipeline) -> list[Dag]:
     """The root's graph and those of all components that have one."""
     return [component.dag for component in (pipeline.root, *pipeline.components.values()) if component.dag]
-
-
-def find_cycle(edges: Mapping[str, set[str]]) -> list[str]:
-    """One cycle of the graph, its first node again at the end; empty when there is none.
-
-    >>> find_cycle({"a": {"b"}, "b": {"a"}, "c": {"a"}})
-    ['a', 'b', 'a']
-    """
-    left = {node: set(targets) for node, targets in edges.items()}
-    while ends := [node for node, targets in left.items() if not targets]:
-        for node in ends:
-            del left[node]
-        for targets in left.values():
-            targets.difference_update(ends)
-    if not left:
-        return []
-    path = [min(left)]  # every node that is left has an edge to another one
-    while path[-1] not in path[:-1]:
-        path.append(min(left[path[-1]]))
-    return path[path.index(path[-1]) :]
-
-
-def nearest(name: str, known: Iterable[str], intro: str) -> str:
-    """How to mend a wrong name: the near one that is known, else `intro` and the first of those known."""
-    names = list(known)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    if near:
-        return f"did you mean {near[0]!r}?"
-    return (
-        f"{intro} {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" if names else "there is none to refer to"
-    )

@@ -16,9 +16,10 @@ from mlfuncs.errors import ArtifactError, InvalidInput, MlfuncsError, SpecError
 from mlfuncs.settings import Settings
 from mlfuncs_pipelines.cache import Key, StepCache, are_intact, remember_digests, stamps_of
 from mlfuncs_pipelines.executor_io import read_outputs
-from mlfuncs_pipelines.graph import Instruction, NodeEnded, RunEnded, RunStep, Scheduler, Step
+from mlfuncs_pipelines.graph import Scheduler
 from mlfuncs_pipelines.importer import run_importer
 from mlfuncs_pipelines.inputs import Values
+from mlfuncs_pipelines.instructions import Instruction, NodeEnded, RunEnded, RunStep, Step
 from mlfuncs_pipelines.ir import Pipeline
 from mlfuncs_pipelines.messages import Exit
 from mlfuncs_pipelines.observer import Observer
@@ -160,8 +161,7 @@ class Engine:
         for prepared, key in blocked:
             self._start_cached(prepared, key)
         while len(self._processes.running) < self.options.slots and not self._over:
-            step = self._queue.next(time.monotonic())
-            if step is None:
+            if (step := self._queue.next(time.monotonic())) is None:
                 break
             self._begin(step)
 
@@ -192,13 +192,13 @@ class Engine:
 
     def _holds(self, done: Mapping[str, Any], record: StepRecord) -> bool:
         """Whether the end of a step that the journal tells of is that of this step, its results still there."""
-        same = not self.options.changed or done.get("identity") == record.identity
-        return same and are_intact(done["stamps"])
+        is_same = not self.options.changed or done.get("identity") == record.identity
+        return is_same and are_intact(done["stamps"])
 
     def _import(self, prepared: Prepared, record: StepRecord) -> None:
+        component = prepared.step.component
         try:
-            step = prepared.step
-            outputs = run_importer(prepared.plan.spec, step.component, prepared.inputs, self.constants)
+            outputs = run_importer(prepared.plan.spec, component, prepared.inputs, self.constants)
         except MlfuncsError as exc:
             self._fail(record, str(exc))
         else:
@@ -245,13 +245,11 @@ class Engine:
     def _take(self, running: Running, ended: Exit) -> None:
         """A process ended: read its outputs, store them, and tell the scheduler."""
         record, step = running.record, running.prepared.step
-        reason = failure(running, ended)
-        outputs = Values()
+        reason, outputs = failure(running, ended), Values()
         if not reason:
             try:
-                outputs = read_outputs(
-                    step.component, running.prepared.executor_input, ended.output, running.prepared.plan.step is None
-                )
+                complete = running.prepared.plan.step is None
+                outputs = read_outputs(step.component, running.prepared.executor_input, ended.output, complete)
             except (InvalidInput, ArtifactError) as exc:
                 reason = f"{type(exc).__name__}: {exc}"
         remember_digests(ended.digests)

@@ -10,56 +10,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from mlfuncs.errors import InvalidInput, SpecError
 from mlfuncs_pipelines import conditions
 from mlfuncs_pipelines.inputs import Surroundings, Values, complete, loop_items, resolve_inputs, with_item
+from mlfuncs_pipelines.instructions import Instruction, NodeEnded, RunEnded, RunStep, State, Step
 from mlfuncs_pipelines.ir import Component, Dag, Pipeline, Task
 
-State = Literal["succeeded", "failed", "skipped", "upstream_failed"]
 _KFP_STATE = {"succeeded": "SUCCEEDED", "failed": "FAILED", "skipped": "SKIPPED", "upstream_failed": "FAILED"}
-
-
-@dataclass(frozen=True)
-class Step:
-    """One execution of an executor: what to run, with which values, as which attempt (0 is the first)."""
-
-    id: str  # path of tasks from the root, with loop indices: "for-loop-1/0/train"
-    task: Task
-    component: Component
-    inputs: Values
-    attempt: int = 0
-    delay_s: float = 0.0
-
-
-@dataclass(frozen=True)
-class RunStep:
-    """Start `step`, `step.delay_s` seconds from now."""
-
-    step: Step
-
-
-@dataclass(frozen=True)
-class NodeEnded:
-    """A step or group reached its end; `reason` says why it failed or did not run."""
-
-    id: str
-    state: State
-    is_group: bool
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class RunEnded:
-    """The pipeline is over; `outputs` are its declared outputs (empty after a failure)."""
-
-    state: State
-    outputs: Values
-    reason: str = ""
-
-
-Instruction = RunStep | NodeEnded | RunEnded
 
 
 @dataclass

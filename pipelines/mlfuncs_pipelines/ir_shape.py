@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,3 +123,14 @@ def _check_enum(value: Any, allowed: list[str], place: str, problems: list[Probl
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def nearest(name: str, known: Iterable[str], intro: str) -> str:
+    """How to mend a wrong name: the near one that is known, else `intro` and the first of those known."""
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    if near:
+        return f"did you mean {near[0]!r}?"
+    return (
+        f"{intro} {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" if names else "there is none to refer to"
+    )

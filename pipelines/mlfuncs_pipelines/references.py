@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from mlfuncs.errors import InvalidInput
-from mlfuncs_pipelines.dag_check import DagCheck, dags_of, find_cycle, nearest
+from mlfuncs_pipelines.cycles import find_cycle
+from mlfuncs_pipelines.dag_check import DagCheck, dags_of
 from mlfuncs_pipelines.ir import ABSENT, Component, Pipeline
-from mlfuncs_pipelines.ir_shape import Problem
+from mlfuncs_pipelines.ir_shape import Problem, nearest
 from mlfuncs_pipelines.placeholders import mentions
 from mlfuncs_pipelines.values import coerce, from_file
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 import base64
 import importlib
+import inspect
 import json
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -33,7 +33,6 @@ _LATER = (
     "mlfuncs_pipelines.artifact_files",
 )
 _MESSAGE_BYTES = 100_000  # a socket takes about 200 KB in one message; a longer output goes through a file
-_rehearsal: tuple[Loaded, Call] | None = None
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ def _warm(loaded: Loaded) -> None:
     from mlfuncs.errors import InvalidInput
     from mlfuncs_pipelines.ports import build_borders
 
-    for name in _LATER:
+    for name in (*_LATER, *(["asyncio"] if inspect.iscoroutinefunction(loaded.target) else [])):
         importlib.import_module(name)
     build_borders([*loaded.inputs.values(), *loaded.outputs.values()])
     try:
@@ -169,31 +168,6 @@ def execute(loaded: Loaded, call: Call) -> dict[str, Any]:
     values = _read_inputs(loaded, call)
     result = _call(loaded, values, call)
     return _write_outputs(loaded, call.executor_input, result)
-
-
-def rehearse() -> None:
-    """Run a step that does nothing: code that ran before is quicker, and a child then copies fewer pages."""
-    global _rehearsal
-    if _rehearsal is None:
-        _rehearsal = _make_rehearsal()
-    execute(*_rehearsal)
-
-
-def _make_rehearsal() -> tuple[Loaded, Call]:
-    from mlfuncs.interface.signature import Signature
-    from mlfuncs.settings import read_settings
-    from mlfuncs.spec import FunctionSpec
-    from mlfuncs_pipelines.ports import build_borders, input_ports, output_ports
-
-    def nothing(n: int) -> int:
-        return n
-
-    signature = Signature.of(nothing)
-    inputs, outputs = input_ports(signature), output_ports(signature)
-    build_borders([*inputs.values(), *outputs.values()])
-    loaded = Loaded("", nothing, FunctionSpec(name="nothing"), read_settings(), inputs, outputs, signature)
-    given = {"inputs": {"parameterValues": {"n": 1}}, "outputs": {"parameters": {"Output": {}}}}
-    return loaded, Call(given, track=Track("0", os.devnull))
 
 
 def unpack_inline(digest: str, encoded: str, settings: Settings | None = None) -> None:

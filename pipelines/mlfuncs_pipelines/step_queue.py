@@ -6,7 +6,7 @@ import heapq
 import itertools
 from collections import deque
 
-from mlfuncs_pipelines.graph import Step
+from mlfuncs_pipelines.instructions import Step
 
 
 class StepQueue:

@@ -14,8 +14,8 @@ from typing import Any
 
 from mlfuncs_pipelines.cache import Key, artifact_digest, digest_of, stamps_of
 from mlfuncs_pipelines.executor_io import executor_input
-from mlfuncs_pipelines.graph import Step
 from mlfuncs_pipelines.inputs import Values
+from mlfuncs_pipelines.instructions import Step
 from mlfuncs_pipelines.ir import Component, Task
 from mlfuncs_pipelines.messages import Request
 from mlfuncs_pipelines.placeholders import Context, local_path, resolve_command, resolve_value, uses

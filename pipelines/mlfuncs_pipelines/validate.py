@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from mlfuncs.errors import MlfuncsError, SpecError
-from mlfuncs_pipelines.ir import MAX_BYTES, Pipeline, read_documents, read_text
+from mlfuncs_pipelines.documents import MAX_BYTES, read_documents, read_text
+from mlfuncs_pipelines.ir import Pipeline
 from mlfuncs_pipelines.ir_shape import Problem, canonical
 from mlfuncs_pipelines.references import check_references
 

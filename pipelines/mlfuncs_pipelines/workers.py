@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import array
 import contextlib
 import json
 import os
@@ -11,26 +10,15 @@ import signal
 import socket
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from mlfuncs.errors import Unavailable
+from mlfuncs_pipelines.children import ONE_DESCRIPTOR, Child, received_socket, signal_group
 from mlfuncs_pipelines.messages import Environment, Exit, Request, exit_told
 
 SPARES = 4  # children forked ahead, about 2.5 MB each: what steps of 1 ms one after the other do not use up
 _BATCH = 2  # fork so many at once: after each fork the zygote copies the pages that it works on
 _MESSAGE_BYTES = 1 << 20
-_ONE_DESCRIPTOR = socket.CMSG_SPACE(array.array("i").itemsize)
-
-
-@dataclass
-class _Child:
-    """A process forked ahead, and the step that it was given."""
-
-    pid: int
-    socket: socket.socket
-    step_id: str = ""
-    hung_up: bool = False
 
 
 class Worker:
@@ -56,9 +44,9 @@ class Worker:
         self._ready = False
         self._inline = ""  # the step that the zygote runs itself
         self._pending: dict[str, Request] = {}
-        self._spares: dict[int, _Child] = {}
+        self._spares: dict[int, Child] = {}
         self._asked = 0  # children that the zygote was asked for and has not announced
-        self._busy: dict[int, _Child] = {}
+        self._busy: dict[int, Child] = {}
         self._events = select.epoll()
         self._events.register(connection, select.EPOLLIN)
         self._end: int | None = None  # readable once the process of a single worker is over
@@ -177,7 +165,7 @@ class Worker:
 
     def _hear_zygote(self) -> list[Exit]:
         try:
-            data, attached, _, _ = self.socket.recvmsg(_MESSAGE_BYTES, _ONE_DESCRIPTOR, socket.MSG_CMSG_CLOEXEC)
+            data, attached, _, _ = self.socket.recvmsg(_MESSAGE_BYTES, ONE_DESCRIPTOR, socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
             return []
         except OSError:
@@ -188,7 +176,9 @@ class Worker:
         if message["event"] == "child":
             if not attached:
                 raise Unavailable("a step's process cannot be reached: too many files are open; raise `ulimit -n`")
-            self._welcome(message["pid"], socket.socket(fileno=array.array("i", attached[0][2])[0]))
+            self._spares[message["pid"]] = Child(message["pid"], received_socket(attached))
+            self._asked -= 1
+            self._hand_out()
             return []
         if message["event"] == "ended":
             return [end for gone in message["children"] for end in self._bury(*gone)]
@@ -197,13 +187,7 @@ class Worker:
             return [exit_told(step_id, message)] if step_id else []
         return self._loaded(message)
 
-    def _welcome(self, pid: int, connection: socket.socket) -> None:
-        connection.setblocking(False)
-        self._asked -= 1
-        self._spares[pid] = _Child(pid, connection)
-        self._hand_out()
-
-    def _hear_child(self, child: _Child) -> list[Exit]:
+    def _hear_child(self, child: Child) -> list[Exit]:
         """What a child says of its step; nothing when it says nothing, which its zygote then explains."""
         if child.hung_up:
             return []
@@ -232,7 +216,7 @@ class Worker:
             self._drop(child)
         return told or [Exit(child.step_id, code, number, max_rss_kib, cpu_s)]
 
-    def _drop(self, child: _Child) -> None:
+    def _drop(self, child: Child) -> None:
         del self._busy[child.pid]
         child.socket.close()  # which the kernel takes as the end of its events as well
 
@@ -300,9 +284,3 @@ class Worker:
         self._inline = ""
         self._pending.clear()
         return ended
-
-
-def signal_group(pid: int, number: int) -> None:
-    """Signal a step's process group, if there is still one."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, number)

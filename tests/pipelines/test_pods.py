@@ -47,6 +47,21 @@ def one_large(x: int):
     return large(x)
 
 
+@ml.function
+def nothing() -> str | None:
+    return None
+
+
+@ml.function
+def told(x: str | None = "the default") -> str:
+    return repr(x)
+
+
+@ml.pipeline(name="nones")
+def nones():
+    told(nothing().output)
+
+
 class Pod:
     """The container of one step of a compiled pipeline, in a fresh home."""
 
@@ -121,3 +136,13 @@ def test_code_of_any_size_is_pushed_to_where_pods_fetch_it(
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "out.json").read_text())["parameterValues"] == {"Output": 80_001}
     assert "MLFUNCS_ARTIFACTS_URL" in pod_environment(read_settings())
+
+
+def test_a_pod_whose_function_returns_none_leaves_null_and_the_next_one_takes_its_default(tmp_path: Path) -> None:
+    """Kubeflow's launcher fails a step that leaves one of its output parameters out."""
+    outputs = {"parameters": {"Output": {"outputFile": str(tmp_path / "o")}}, "outputFile": str(tmp_path / "out.json")}
+    for step, given, expected in (("nothing", {}, None), ("told", {"x": None}, "'the default'")):
+        executor_input = {"inputs": {"parameterValues": given}, "outputs": outputs}
+        done = Pod(nones, step, tmp_path / step).run(executor_input)
+        assert done.returncode == 0, done.stderr
+        assert json.loads((tmp_path / "out.json").read_text())["parameterValues"] == {"Output": expected}

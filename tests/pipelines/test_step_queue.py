@@ -1,7 +1,8 @@
 """How long a failed step waits before it is tried again, by a clock that the test steps."""
 
-from mlfuncs_pipelines.graph import RunEnded, RunStep, Scheduler
+from mlfuncs_pipelines.graph import Scheduler
 from mlfuncs_pipelines.inputs import Values
+from mlfuncs_pipelines.instructions import RunEnded, RunStep
 from mlfuncs_pipelines.ir import Pipeline
 from mlfuncs_pipelines.step_queue import StepQueue
 
