@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mlfuncs.display import Table, format_duration, format_time
@@ -18,24 +18,33 @@ _LOWER = re.compile(
 )
 
 
+_OWN = ("run", "function", "step", "status", "started", "took")  # columns of every table
+
+
 def compare(runs: Sequence[Run], *, details: bool = False) -> Table:
-    """One row per run; with `details` the start and every parameter, else only the parameters that differ."""
+    """One row per run; with `details` the start and every parameter, else only the parameters that differ.
+
+    Steps of pipelines have a column with their place in the pipeline, where a task of a loop is there many times.
+    """
     params = {run.id: run.params for run in runs}
     metrics = {run.id: run.metrics for run in runs}
-    shown_params = _names(params.values()) if details else _differing(list(params.values()))
-    shown_metrics = _names(metrics.values())
+    shown_metrics = {_column("metric", name, _OWN): name for name in _names(metrics.values())}
+    shown = _names(params.values()) if details else _differing(list(params.values()))
+    shown_params = {_column("param", name, {*_OWN, *shown_metrics}): name for name in shown}
+    steps = ["step"] if any(run.row.step for run in runs) else []
     rows: list[dict[str, Any]] = []
     for run in runs:
         row: dict[str, Any] = {"run": run.id, "function": run.function, "status": run.row.status}
+        row |= dict.fromkeys(steps, run.row.step)
         if details:
             row["started"] = format_time(run.row.started_at)
         row["took"] = format_duration(run.duration_s)
-        row |= {_column(name, shown_metrics): params[run.id].get(name) for name in shown_params}
-        row |= {name: metrics[run.id].get(name) for name in shown_metrics}
+        row |= {column: params[run.id].get(name) for column, name in shown_params.items()}
+        row |= {column: metrics[run.id].get(name) for column, name in shown_metrics.items()}
         rows.append(row)
-    columns = ["run", "function", "status", *(["started"] if details else []), "took"]
-    columns += [_column(name, shown_metrics) for name in shown_params] + shown_metrics
-    return Table(tuple(columns), tuple(rows), best=frozenset(_best(rows, shown_metrics)))
+    columns = ["run", "function", *steps, "status", *(["started"] if details else []), "took"]
+    columns += [*shown_params, *shown_metrics]
+    return Table(tuple(columns), tuple(rows), best=frozenset(_best(rows, list(shown_metrics))))
 
 
 def prefers_lower(metric: str) -> bool:
@@ -47,9 +56,9 @@ def prefers_lower(metric: str) -> bool:
     return bool(_LOWER.search(re.sub(r"[^a-z0-9]+", "_", metric.lower())))
 
 
-def _column(param: str, metrics: Sequence[str]) -> str:
-    taken = {*metrics, "run", "function", "status", "started", "took"}
-    return f"param {param}" if param in taken else param
+def _column(kind: str, name: str, taken: Collection[str]) -> str:
+    """The column of a parameter or metric: its name, unless another column has that."""
+    return f"{kind} {name}" if name in taken else name
 
 
 def _names(values: Any) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import os
 import threading
@@ -111,6 +110,8 @@ def _check_constructor(target: type) -> None:
 
 
 def _run_coroutine(awaitable: Awaitable[Any]) -> Any:
+    import asyncio  # a tenth of the memory of a warm process, each page of which a fork costs
+
     async def main() -> Any:
         return await awaitable
 
@@ -123,6 +124,7 @@ def _run_coroutine(awaitable: Awaitable[Any]) -> Any:
 
 def _in_thread(main: Any) -> Any:
     """Run a coroutine on a loop of its own while this thread's loop (a notebook's) is busy calling us."""
+    import asyncio
     import contextvars
 
     result: list[Any] = []

@@ -10,6 +10,7 @@ from typing import Any
 import jsonschema
 import pandas as pd
 import pytest
+from kfp import dsl
 from sklearn.linear_model import LogisticRegression
 
 import mlfuncs as ml
@@ -254,3 +255,24 @@ def test_ls_runs_shows_a_pipelines_steps_and_how_long_they_took(capsys: pytest.C
     assert {(row["function"], row["step"]) for row in rows} == {("add", "add"), ("listed", None)}
     assert all(isinstance(row["duration_s"], float) for row in rows)
     assert {row["function"]: row["params"] for row in rows} == {"add": {"a": 3, "b": 2}, "listed": {"n": 3}}
+
+
+@ml.function
+def graded(x: int) -> int:
+    ml.log_metric("status", x / 2)
+    return x
+
+
+def test_steps_of_one_name_are_told_apart_when_runs_are_compared() -> None:
+    @ml.pipeline
+    def grades():
+        with dsl.ParallelFor([2, 4]) as item:
+            graded(item)
+
+    table = ml.compare_runs(sorted(ml.get_run(grades.run().id).children(), key=lambda run: run.row.step or ""))
+    assert table.columns == ("run", "function", "step", "status", "took", "x", "metric status")
+    places = [row["step"].partition("/")[2] for row in table.rows]  # kfp numbers its loops
+    assert places == ["0/graded", "1/graded"]
+    shown = [(row["function"], row["status"], row["x"], row["metric status"]) for row in table.rows]
+    assert shown == [("graded", "succeeded", 2, 1.0), ("graded", "succeeded", 4, 2.0)]
+    assert table.best == {(1, "metric status")}
