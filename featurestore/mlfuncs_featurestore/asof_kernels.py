@@ -81,7 +81,6 @@ def find_ints(values, slots, numbers):
     return ids
 
 
-@njit(cache=True, nogil=True)
 def group(ids, n, at):
     """Rows ordered by id and then time (stable): the order, and where each id starts."""
     return group_events(ids, n, at, at, at)

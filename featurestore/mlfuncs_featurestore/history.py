@@ -207,8 +207,7 @@ def _join_view(
             taken = keys.take(pa.array(chosen))
             aware = options.use_created
             works.append(BucketJoin(view, part, wanted, aware, taken, spine.at_us[mine], mine, arrived_us))
-    whole_events = view.event_id or any(name in view.aggregates for name in wanted)
-    with compiling(asof_kernels.group_events if whole_events else asof_kernels.group):
+    with compiling(asof_kernels.group_events):
         results = _run(works, options)
     status = np.full(spine.table.num_rows, NOT_FOUND, np.uint8)
     for result in results:

@@ -43,26 +43,33 @@ def window_sums(events, column, moments, windows, rows, out):
     wholes[row, q], sums of DECIMALS to decimals[row, q] as low and high word. A mean is the exact sum rounded to
     float64 and then divided; NaN when there is nothing to divide by.
 
-    Returns per window whether all its sums of INTS are within int64 (uint8).
+    Returns per entity whether it is left to `wide_sums`, per window whether all its sums of INTS are in int64 (uint8).
     """
-    starts, fifo = events[0], events[4]
+    starts, q_starts = events[0], moments[0]
     size = largest_group(starts) + 1
     running = np.empty((size, 2), np.int64), np.empty(size, np.int64)
     block = np.empty((BLOCK, 2), np.int64), np.empty(BLOCK, np.int64)
-    fits = np.ones(len(windows), np.uint8)
+    wide, fits = np.zeros(len(starts) - 1, np.uint8), np.ones(len(windows), np.uint8)
     for e in range(len(starts) - 1):
-        if moments[0][e] == moments[0][e + 1]:
+        if q_starts[e] == q_starts[e + 1]:
             continue
         power = _run_up(column, starts[e], starts[e + 1], running)
+        if power == WIDE:
+            wide[e] = 1
+            continue
         for w in range(len(windows)):
             places = (rows[0, w], rows[1, w], rows[2, w])
-            if power == WIDE:
-                _wide_window(events, column, e, moments, windows[w], places, out)
-            elif fifo[e]:
-                fits[w] &= _sliding_window(events, column, e, moments, windows[w], places, out, power, running, block)
-            else:
-                fits[w] &= _scattered_window(events, column, e, moments, windows[w], places, out, power, running, block)
-    return fits
+            fits[w] &= _narrow_window(events, column, e, moments, windows[w], places, out, power, running, block)
+    return wide, fits
+
+
+@njit(cache=True, nogil=True)
+def wide_sums(events, column, moments, windows, rows, out, wide):
+    """As `window_sums`, for the entities of FLOATS that are `wide`."""
+    for e in range(len(wide)):
+        for w in range(len(windows)):
+            if wide[e]:
+                _wide_window(events, column, e, moments, windows[w], (rows[0, w], rows[1, w], rows[2, w]), out)
 
 
 @njit(cache=True)
@@ -102,9 +109,11 @@ def _run_up(column, first, last, running):
 
 
 @njit(cache=True)
-def _sliding_window(events, column, e, moments, window, places, out, power, running, block):
-    """Of events that become known in order: each window is a range, which only moves forward."""
-    starts, event, known, _, _ = events
+def _narrow_window(events, column, e, moments, window, places, out, power, running, block):
+    """Windows by running sums. Of events that become known in order each is a range, which only moves forward; else
+    each looks at all of its events.
+    """
+    starts, event, known, until, fifo = events
     q_starts, q_at = moments
     sums, counts = running
     block_sums, block_counts = block
@@ -114,36 +123,23 @@ def _sliding_window(events, column, e, moments, window, places, out, power, runn
         n = min(BLOCK, q_starts[e + 1] - q)
         for k in range(n):
             t = q_at[q + k]
-            while tail < last and known[tail] <= t:
-                tail += 1
-            while head < tail and event[head] <= t - window:
-                head += 1
-            i, j = head - first, tail - first
-            a, b = subtract_128(sums[j, 0], np.uint64(sums[j, 1]), sums[i, 0], np.uint64(sums[i, 1]))
-            block_sums[k, 0], block_sums[k, 1], block_counts[k] = a, np.int64(b), counts[j] - counts[i]
+            if fifo[e]:
+                while tail < last and known[tail] <= t:
+                    tail += 1
+                while head < tail and event[head] <= t - window:
+                    head += 1
+                i, j = head - first, tail - first
+                count = counts[j] - counts[i]
+                a, b = subtract_128(sums[j, 0], np.uint64(sums[j, 1]), sums[i, 0], np.uint64(sums[i, 1]))
+            else:
+                a, b, count = np.int64(0), np.uint64(0), np.int64(0)
+                for i in range(after(event, first, last, t - window) - first, after(event, first, last, t) - first):
+                    if known[first + i] <= t < until[first + i]:
+                        count += counts[i + 1] - counts[i]
+                        a, b = add_128(a, b, sums[i + 1, 0], np.uint64(sums[i + 1, 1]))
+                        a, b = subtract_128(a, b, sums[i, 0], np.uint64(sums[i, 1]))
+            block_sums[k, 0], block_sums[k, 1], block_counts[k] = a, np.int64(b), count
         fits &= _write(column, power, block, q, n, places, out)
-    return fits
-
-
-@njit(cache=True)
-def _scattered_window(events, column, e, moments, window, places, out, power, running, block):
-    """Of events that become known late or are replaced: each window looks at all of its events."""
-    starts, event, known, until, _ = events
-    q_starts, q_at = moments
-    sums, counts = running
-    block_sums, block_counts = block
-    first, last, fits = starts[e], starts[e + 1], True
-    for q in range(q_starts[e], q_starts[e + 1]):
-        t = q_at[q]
-        a, b, count = np.int64(0), np.uint64(0), np.int64(0)
-        for k in range(after(event, first, last, t - window), after(event, first, last, t)):
-            if known[k] <= t < until[k]:
-                i, j = k - first, k - first + 1
-                count += counts[j] - counts[i]
-                a, b = add_128(a, b, sums[j, 0], np.uint64(sums[j, 1]))
-                a, b = subtract_128(a, b, sums[i, 0], np.uint64(sums[i, 1]))
-        block_sums[0, 0], block_sums[0, 1], block_counts[0] = a, np.int64(b), count
-        fits &= _write(column, power, block, q, 1, places, out)
     return fits
 
 
@@ -186,22 +182,22 @@ def _wide_window(events, column, e, moments, window, places, out):
     base, top = exponent_range(low, valid, first, last)
     used = min(LIMBS, (top - base + 53 + bit_length(np.uint64(last - first))) // 32 + 3)
     limbs, scratch, state = np.zeros(used, np.int64), np.zeros(used, np.int64), np.zeros(4, np.int64)
-    head, tail = first, first
+    head, tail, enters, leaves = first, first, np.int64(1), np.int64(-1)
     for q in range(q_starts[e], q_starts[e + 1]):
         t = q_at[q]
         if fifo[e]:
             while tail < last and known[tail] <= t:
-                _enter(low, valid, tail, base, 1, limbs, state)
+                _enter(low, valid, tail, base, enters, limbs, state)
                 tail += 1
             while head < tail and event[head] <= t - window:
-                _enter(low, valid, head, base, -1, limbs, state)
+                _enter(low, valid, head, base, leaves, limbs, state)
                 head += 1
         else:
             clear(limbs)
             clear(state)
             for i in range(after(event, first, last, t - window), after(event, first, last, t)):
                 if known[i] <= t < until[i]:
-                    _enter(low, valid, i, base, 1, limbs, state)
+                    _enter(low, valid, i, base, enters, limbs, state)
         total, count = _wide_total(limbs, state, base, scratch), state[0]
         if places[0] >= 0:
             out[0][places[0], q] = total

@@ -36,11 +36,10 @@ import numpy as np
 import pyarrow as pa
 
 from mlfuncs.errors import InvalidInput
-from mlfuncs_featurestore import distinct_kernels, spread_kernels, window_kernels
+from mlfuncs_featurestore import distinct_kernels, spread_kernels, sum_kernels, window_kernels
 from mlfuncs_featurestore.arrays import nullable
 from mlfuncs_featurestore.declarations import AggregateFeature
 from mlfuncs_featurestore.hashing import hash_array
-from mlfuncs_featurestore.sum_kernels import window_sums
 from mlfuncs_featurestore.window_columns import WindowColumn
 
 FOREVER = 2**63 - 1
@@ -160,7 +159,9 @@ class _Windows:
         decimals = np.empty((sizes[_DECIMALS], self.size, 2), np.int64)
         summands = column.summands(is_counted_only={one.function for one in wanted} == {"count"})
         out, windows = (floats, wholes, decimals), np.array(lengths, np.int64)
-        fits = window_sums(self.events.sliding, summands, self.at, windows, rows, out)
+        wide, fits = sum_kernels.window_sums(self.events.sliding, summands, self.at, windows, rows, out)
+        if wide.any():
+            sum_kernels.wide_sums(self.events.sliding, summands, self.at, windows, rows, out, wide)
         results = {}
         for one in wanted:
             to_sum, to_mean, to_count = rows[:, lengths.index(one.window_us)]
