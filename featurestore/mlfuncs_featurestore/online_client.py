@@ -5,7 +5,11 @@ Owns: FeatureClient and the answers it gives.
 
 from __future__ import annotations
 
+import base64
+import datetime
+import decimal
 import json
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +17,7 @@ from typing import Any
 import urllib3
 
 from mlfuncs import errors
-from mlfuncs.errors import MlfuncsError, Unavailable
+from mlfuncs.errors import InvalidInput, MlfuncsError, Unavailable
 
 _SPECIAL = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf")}
 
@@ -42,7 +46,7 @@ class FeatureClient:
     ) -> FeatureVectors:
         """The features (references, or the name of a service) of columns of entity keys."""
         wanted = {"feature_service": features} if isinstance(features, str) else {"features": list(features)}
-        body = {**wanted, "entities": {name: list(column) for name, column in entities.items()}}
+        body = {**wanted, "entities": {name: _sendable(column) for name, column in entities.items()}}
         answer = self._post("/get-online-features", {**body, "full_feature_names": full_feature_names})
         names = answer["metadata"]["feature_names"]
         results = dict(zip(names, answer["results"], strict=True))
@@ -54,22 +58,46 @@ class FeatureClient:
         return FeatureVectors(columns, {name: one["statuses"] for name, one in results.items() if name not in entities})
 
     def push(self, view: str, rows: Mapping[str, Sequence[Any]], push_id: str | None = None) -> dict[str, Any]:
-        """Push columns of rows (times as ISO text) into `view`."""
-        columns = {name: list(column) for name, column in rows.items()}
-        return self._post("/push", {"push_source_name": view, "df": columns, "push_id": push_id})
+        """Push columns of rows into `view`. Without a `push_id` the push gets one of its own: it may be sent twice."""
+        columns = {name: _sendable(column) for name, column in rows.items()}
+        body = {"push_source_name": view, "df": columns, "push_id": push_id or uuid.uuid4().hex}
+        return self._post("/push", body)
 
     def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         headers = {"Content-Type": "application/json"}
         if self._token:
             headers["Authorization"] = f"Bearer {self._token}"
+        sent = json.dumps(body, default=_json_value).encode()
         try:
-            response = self._pool.request("POST", self.url + path, body=json.dumps(body).encode(), headers=headers)
+            response = self._pool.request("POST", self.url + path, body=sent, headers=headers)
         except urllib3.exceptions.HTTPError as exc:
             raise Unavailable(f"the feature server {self.url} does not answer: {exc}") from exc
-        answer: dict[str, Any] = json.loads(response.data)
+        try:
+            answer: dict[str, Any] = json.loads(response.data)
+        except ValueError as exc:
+            raise Unavailable(
+                f"{self.url} answered HTTP {response.status} without JSON: is it a feature server?"
+            ) from exc
         if response.status != 200:
             raise _error(answer, response.status)
         return answer
+
+
+def _sendable(column: Sequence[Any]) -> list[Any]:
+    return list(column.tolist() if hasattr(column, "tolist") else column)
+
+
+def _json_value(value: Any) -> Any:
+    """What JSON has no type for, as the server reads it."""
+    if isinstance(value, (bytes, bytearray)):
+        return base64.b64encode(value).decode()
+    if isinstance(value, datetime.date):  # and datetimes
+        return value.isoformat()
+    if isinstance(value, (decimal.Decimal, uuid.UUID)):
+        return str(value)
+    if hasattr(value, "tolist"):  # numpy's numbers and arrays
+        return value.tolist()
+    raise InvalidInput(f"{value!r} ({type(value).__name__}) cannot be sent as JSON")
 
 
 def _number(value: Any) -> Any:

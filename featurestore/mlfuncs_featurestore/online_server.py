@@ -18,6 +18,7 @@ import datetime
 import decimal
 import hmac
 import ipaddress
+import json
 import math
 import time
 from collections.abc import Awaitable, Callable
@@ -28,13 +29,14 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field
 
-from mlfuncs.errors import InvalidInput, MlfuncsError, SpecError, Unauthorized
+from mlfuncs.errors import InvalidInput, MlfuncsError, SpecError, TooLarge, Unauthorized
 from mlfuncs.settings import Settings
 from mlfuncs_featurestore.flusher import Flusher
-from mlfuncs_featurestore.json_rows import read_cell, unbase64
+from mlfuncs_featurestore.json_rows import read_cell, read_value
 from mlfuncs_featurestore.online_metrics import CONTENT_TYPE, FeatureMetrics
 from mlfuncs_featurestore.online_result import OnlineFeatures
 from mlfuncs_featurestore.store import FeatureStore
+from mlfuncs_featurestore.types import parse_type
 
 OPEN_ROUTES = ("/health",)  # need no token
 BODY_BYTES = 64 * 2**20
@@ -63,13 +65,20 @@ class PushRequest(BaseModel):
 def make_app(store: FeatureStore, sample_rate: float = 0.0) -> FastAPI:
     """The server's application. `sample_rate`: the share of answers kept for the skew check."""
     app = FastAPI(title="mlfuncs feature server", version="1")
-    metrics = FeatureMetrics()
-    app.state.metrics = metrics
+    metrics = app.state.metrics = FeatureMetrics()
+    _add_guard(app, store.settings.token, metrics)
+    _add_features(app, store, metrics, sample_rate)
+    _add_operations(app, store, metrics)
+    return app
+
+
+def _add_guard(app: FastAPI, token: str, metrics: FeatureMetrics) -> None:
+    """The check before every route, and errors as problem documents."""
 
     @app.middleware("http")
     async def guard(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
         begun = time.perf_counter()
-        response = _refusal(request, store.settings.token)
+        response = _refusal(request, token)
         if response is None:
             response = await call_next(request)
         route = request.scope.get("route")
@@ -87,6 +96,8 @@ def make_app(store: FeatureStore, sample_rate: float = 0.0) -> FastAPI:
         fields = [{"field": ".".join(map(str, one["loc"][1:])), "message": one["msg"]} for one in exc.errors()]
         return _problem(InvalidInput("the body does not fit; see errors", fields))
 
+
+def _add_features(app: FastAPI, store: FeatureStore, metrics: FeatureMetrics, sample_rate: float) -> None:
     @app.post("/get-online-features")
     def get_online_features(request: FeaturesRequest) -> Response:
         """Features of the entities, one result per feature, with statuses and event times."""
@@ -96,7 +107,7 @@ def make_app(store: FeatureStore, sample_rate: float = 0.0) -> FastAPI:
         names = {"full_feature_names": request.full_feature_names}
         begun = time.perf_counter()
         try:
-            found = store.get_online_features(wanted, _keys(store, wanted, request.entities), **names)
+            found = store.get_online_features(wanted, _given(store, wanted, request.entities), **names)
             answer = answer_of(found)
         except MlfuncsError:
             metrics.reads.failed()
@@ -115,6 +126,8 @@ def make_app(store: FeatureStore, sample_rate: float = 0.0) -> FastAPI:
         metrics.pushed(report.rows)
         return _json({"view": report.view, "push_id": report.push_id, "rows": report.rows, "repeated": report.repeated})
 
+
+def _add_operations(app: FastAPI, store: FeatureStore, metrics: FeatureMetrics) -> None:
     @app.get("/health")
     def health() -> Response:
         """200 while Redis answers."""
@@ -125,8 +138,6 @@ def make_app(store: FeatureStore, sample_rate: float = 0.0) -> FastAPI:
     def show_metrics() -> Response:
         """Prometheus text."""
         return Response(metrics.render(), media_type=CONTENT_TYPE)
-
-    return app
 
 
 def answer_of(found: OnlineFeatures) -> dict[str, Any]:
@@ -167,23 +178,27 @@ def check_address(host: str, token: str) -> None:
 def _refusal(request: Request, token: str) -> Response | None:
     """Why the request is not let in; None when it is."""
     length = request.headers.get("content-length", "0")
-    if not length.isdigit() or int(length) > BODY_BYTES:
-        from mlfuncs.errors import TooLarge
-
+    if "transfer-encoding" in request.headers:
+        return _problem(TooLarge("the length of the body is not known before it comes; send Content-Length"))
+    if not (length.isascii() and length.isdecimal()) or int(length) > BODY_BYTES:
         return _problem(TooLarge(f"the body is over {BODY_BYTES} bytes; send fewer entities at once"))
     if not token or request.url.path in OPEN_ROUTES:
         return None
     sent = request.headers.get("authorization", "")
-    if hmac.compare_digest(sent.encode(), f"Bearer {token}".encode()):
+    if hmac.compare_digest(sent.encode("latin-1"), f"Bearer {token}".encode()):
         return None
     return _problem(Unauthorized("send the token: Authorization: Bearer <MLFUNCS_TOKEN>"))
 
 
-def _keys(store: FeatureStore, wanted: Any, entities: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """Keys of type bytes are base64 in JSON."""
-    kinds = {name: kind for read in store.online.plan(wanted).reads.values() for name, kind in read.key_types}
+def _given(store: FeatureStore, wanted: Any, entities: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """The columns with keys and request data as their types have them: bytes are base64 in JSON, times ISO 8601."""
+    plan = store.online.plan(wanted)
+    kinds = {
+        name: parse_type("bytes") for read in plan.reads.values() for name, kind in read.key_types if kind == "bytes"
+    }
+    kinds |= plan.request
     return {
-        name: [unbase64(name, one) for one in column] if kinds.get(name) == "bytes" else column
+        name: [read_value(name, one, kinds[name]) for one in column] if name in kinds else column
         for name, column in entities.items()
     }
 
@@ -212,7 +227,12 @@ def _plain(value: Any) -> Any:
 
 
 def _json(values: Any, status: int = 200) -> Response:
-    return Response(orjson.dumps(_plain(values)), status, media_type="application/json")
+    plain = _plain(values)
+    try:
+        body = orjson.dumps(plain)
+    except TypeError:  # integers beyond 64 bits and halves of surrogate pairs, in columns that callers get back
+        body = json.dumps(plain, default=str).encode()
+    return Response(body, status, media_type="application/json")
 
 
 def _problem(exc: MlfuncsError) -> Response:

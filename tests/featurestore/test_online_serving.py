@@ -6,6 +6,8 @@ import datetime
 import json
 import threading
 import uuid
+from decimal import Decimal
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -358,3 +360,58 @@ def test_request_columns_keep_every_digit_in_frames(store):
     assert frame["limit"].isna().tolist() == [False, True, False]  # null and NaN stay apart
     mixed = {"user_id": [1, 1], "mine": [object, "x"]}
     assert store.get_online_features(["profile:city"], mixed).to_pandas()["mine"].tolist() == [object, "x"]
+
+
+@on_demand(sources=["profile:amount"], request={"at": "timestamp", "price": "decimal(10,2)"}, fields={"year": "int64"})
+def when(amount, at, price):
+    return {"year": at.dt.year + price.astype("float64").astype("int64") * 0}
+
+
+def test_the_server_reads_request_columns_as_their_types(store, client):
+    store.apply(when)
+    body = {"features": ["when:year"], "entities": {"user_id": [1], "at": ["2024-05-01T12:00:00Z"], "price": ["1.10"]}}
+    answer = client.post("/get-online-features", json=body)
+    assert answer.status_code == 200 and answer.json()["results"][-1]["values"] == [2024], answer.text
+    body["entities"]["at"] = ["yesterday"]
+    assert client.post("/get-online-features", json=body).status_code == 422
+
+
+def test_the_server_bears_what_callers_send_beside_keys(client):
+    body = {"features": ["profile:city"], "entities": {"user_id": [1], "mine": [2**70]}}
+    assert client.post("/get-online-features", json=body).json()["results"][1]["values"] == [2**70]
+    refused = client.post("/push", content=iter([b"{", b"}"]))  # of no known length
+    assert refused.status_code == 413 and "Content-Length" in refused.text
+    for length in ("\u00b2", "-1", "1e3", str(2**40)):
+        assert (
+            client.post("/push", content=b"{}", headers={"Content-Length": length.encode("latin-1")}).status_code == 413
+        )
+
+
+def test_the_client_sends_what_python_has_and_a_push_once(store, monkeypatch):
+    store.apply(FeatureView("bag", [Entity("key", "bytes")], {"seen": "date", "cost": "decimal(10,2)"}, online=True))
+    with TestClient(make_app(store)) as app:
+        client, lost = FeatureClient("http://there"), []
+
+        def request(method, url, body, headers):
+            answer = app.request(method, url.removeprefix("http://there"), content=body, headers=headers)
+            if "/push" in url and not lost:  # urllib3 sends again when an answer does not come
+                lost.append(answer)
+                answer = app.request(method, url.removeprefix("http://there"), content=body, headers=headers)
+            return SimpleNamespace(status=answer.status_code, data=answer.content)
+
+        monkeypatch.setattr(client._pool, "request", request)
+        row = {
+            "key": [b"\0k"],
+            "event_timestamp": [now()],
+            "seen": [datetime.date(2024, 5, 1)],
+            "cost": [Decimal("1.10")],
+        }
+        assert client.push("bag", row)["repeated"] and lost[0].json()["rows"] == 1
+        found = client.get_online_features(["bag:seen", "bag:cost"], {"key": [b"\0k"]})
+        assert found.columns["seen"] == ["2024-05-01"] and found.columns["cost"] == ["1.10"]
+        assert client.get_online_features(["profile:amount"], {"user_id": np.array([1])}).columns["amount"] == [7]
+        with pytest.raises(InvalidInput, match=r"object object.*cannot be sent"):
+            client.get_online_features(["profile:amount"], {"user_id": [object()]})
+        monkeypatch.setattr(client._pool, "request", lambda *_, **__: SimpleNamespace(status=502, data=b"<html>"))
+        with pytest.raises(Unavailable, match="HTTP 502 without JSON"):
+            client.get_online_features(["profile:amount"], {"user_id": [1]})
