@@ -26,8 +26,14 @@ from tests.ports import free_port
 
 # The same examples in every run: a rare find must not fail a change that has nothing to do with it. To search for
 # such finds: pytest --hypothesis-profile=search (other examples each time; none kept between runs).
-hypothesis.settings.register_profile("repeat", derandomize=True, database=None, deadline=None)
-hypothesis.settings.register_profile("search", database=None, deadline=None, print_blob=True)
+# No bound on time, neither of an example nor of making it: a loaded machine would break it.
+_patient = hypothesis.settings(
+    database=None,
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
+)
+hypothesis.settings.register_profile("repeat", _patient, derandomize=True)
+hypothesis.settings.register_profile("search", _patient, print_blob=True)
 hypothesis.settings.load_profile("repeat")
 
 # A shell ignores Ctrl-C for what it starts in the background, and children inherit that: tests that interrupt theirs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlfuncs.settings import Settings
@@ -52,7 +52,7 @@ def test_reads_in_order_with_gaps_and_duplicates(rows):
     assert rows.read([a]) == [None]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(*[st.sampled_from([0, 1, -1, 2**53, 2**53 + 1, 2**62, -(2**62), 2**32])] * 3), min_size=1))
 def test_the_greatest_stamp_wins_and_an_equal_one_replaces(rows, stamps):
     (key,) = keys("hypothesis")
@@ -104,7 +104,7 @@ def test_a_part_that_cannot_be_made_leaves_those_before_it_and_the_store_usable(
 moments = st.integers(-4, 12)
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, deadline=None)
 @given(st.lists(st.tuples(moments, st.integers(0, 1), st.integers(0, 2)), min_size=1, max_size=12))
 def test_a_row_ahead_of_the_clock_waits_beside_the_one_before_it(rows, writes):
     (key,) = keys("ahead")

@@ -22,7 +22,7 @@ import polars as pl
 import polars.testing
 import pyarrow as pa
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from pydantic import BaseModel, ConfigDict
@@ -306,7 +306,7 @@ class TestTables:
         pd.testing.assert_frame_equal(through(FRAMES[name], tmp_path), FRAMES[name])
 
     @given(st.data())
-    @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(max_examples=40, deadline=None)
     def test_random_columns_come_back_equal(self, tmp_path: Path, data: Any) -> None:
         n = data.draw(st.integers(0, 6))
         dtypes = st.sampled_from(["int8", "uint64", "float32", "float64", "bool", "datetime64[ns]", "timedelta64[us]"])
@@ -404,7 +404,7 @@ class TestArrays:
             arrays.array_shapes(min_dims=0, max_dims=3, min_side=0),
         )
     )
-    @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(max_examples=60, deadline=None)
     def test_comes_back_equal(self, tmp_path: Path, value: Any) -> None:
         if not isinstance(value, np.ndarray):
             return

@@ -7,7 +7,7 @@ import decimal
 import uuid
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from mlfuncs.errors import SpecError
@@ -87,7 +87,7 @@ rows = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=12, deadline=None, phases=PHASES, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, deadline=None, phases=PHASES)
 @given(
     history=st.lists(rows, min_size=1, max_size=8),
     windows=st.lists(st.sampled_from(["1s", "10s", "1m", "2m"]), min_size=1, max_size=2, unique=True),

@@ -8,7 +8,7 @@ import uuid
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mlfuncs.errors import SpecError, Unavailable
@@ -150,7 +150,7 @@ def few_kept(monkeypatch):
     monkeypatch.setattr("mlfuncs_featurestore.stream_windows.KEPT_BEFORE", 1)
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, deadline=None)
 @given(
     st.lists(st.tuples(moments, moments, st.sampled_from("abcdef"), st.booleans()), min_size=1, max_size=40),
     moments,

@@ -8,7 +8,7 @@ import uuid
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlfuncs_featurestore import Aggregation, Entity, FeatureView
@@ -171,7 +171,7 @@ def test_a_busy_entity_is_compacted(applied, shared_store):
     assert verify(shared_store, name, now=NOW).is_equal
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None)
 @given(
     st.lists(
         st.tuples(st.integers(0, 200), floats, st.integers(1, 3), st.sampled_from("abcd"), st.booleans()), max_size=12

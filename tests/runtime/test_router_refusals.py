@@ -7,7 +7,7 @@ import os
 import random
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlfuncs_runtime.router.core import RouterOptions
@@ -326,7 +326,7 @@ WORDS = [
 ]  # fmt: skip
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150, deadline=None)
 @given(st.lists(st.lists(st.sampled_from(WORDS) | st.binary(max_size=8), max_size=24), min_size=1, max_size=8))
 def test_no_bytes_bring_it_down(conversations: list[list[bytes]]) -> None:
     """Whatever clients send, in whatever pieces, the next well-formed request is answered and nothing leaks."""
