@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+INDEX = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture
@@ -38,6 +39,30 @@ def test_the_first_page_works_as_it_is_typed(first_page):
     assert "accuracy" in first_page("-m", "mlfuncs", "ls", "runs")
 
 
-def test_every_page_the_readme_names_exists():
-    for target in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (ROOT / target).exists(), f"README.md names {target}"
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def anchors_of(page: Path) -> set[str]:
+    """What GitHub makes of a page's headings."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    headings = re.findall(r"^#+ (.+)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_leads_somewhere(page: Path):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        path, _, anchor = target.partition("#")
+        if "://" in path or path.startswith("mailto:"):
+            continue
+        found = (page.parent / path).resolve() if path else page
+        assert found.exists(), f"{page.name} names {target}"
+        assert not anchor or anchor in anchors_of(found), f"{page.name} names {target}"
+
+
+def test_every_page_is_found_from_the_index():
+    named = {(ROOT / "docs" / t.partition("#")[0]).resolve() for t in re.findall(r"\]\(([^)\s:]+)\)", INDEX)}
+    pages = {page.resolve() for page in (ROOT / "docs").rglob("*.md") if page.name != "README.md"}
+    assert pages <= named
+    for path in re.findall(r"`((?:mlfuncs|runtime|pipelines|featurestore|tests)/[\w./]*)`", INDEX):
+        assert (ROOT / path).exists(), f"docs/README.md names {path}"
