@@ -13,6 +13,11 @@ ARG CERTIFICATES
 ENV PIP_CERT=${CERTIFICATES:-${PIP_CERT}}
 # Extras whose dependencies are put in as well, e.g. "platform" for the image of the platform itself.
 ARG EXTRAS=
+# The Python that functions are packed for, e.g. 3.11; a Python image of another version is refused.
+ARG FOR_PYTHON=
+# Byte code is written by `prepare.py --compile` alone, the same from the same sources whenever it runs.
+ENV PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONHASHSEED=0
 RUN ["python", "-m", "venv", "/opt/mlfuncs"]
 WORKDIR /src
 # certificates.pem is there when the building machine has authorities of its own; it stays in this stage.
@@ -20,14 +25,16 @@ COPY pyproject.toml certificates.pe[m] ./
 # Its own packages are copied beside the dependencies, so that a change of them downloads nothing.
 COPY runtime/mlfuncs_runtime/images/prepare.py ./
 RUN python prepare.py pyproject.toml core.txt "$EXTRAS"
-RUN ["/opt/mlfuncs/bin/python", "-m", "pip", "install", "--no-cache-dir", "--disable-pip-version-check", "--quiet", "-r", "core.txt"]
+RUN ["/opt/mlfuncs/bin/python", "-m", "pip", "install", "--no-cache-dir", "--no-compile", "--disable-pip-version-check", "--quiet", "-r", "core.txt"]
+RUN ["/opt/mlfuncs/bin/python", "prepare.py", "--libraries"]
 RUN ["/opt/mlfuncs/bin/python", "-m", "pip", "uninstall", "--quiet", "--yes", "setuptools", "pip"]
+RUN ["python", "prepare.py", "--compile", "/opt/mlfuncs/lib"]
 COPY pyproject.toml LICENSE /opt/mlfuncs/src/
 COPY mlfuncs /opt/mlfuncs/src/mlfuncs
 COPY runtime /opt/mlfuncs/src/runtime
 COPY pipelines /opt/mlfuncs/src/pipelines
 COPY featurestore /opt/mlfuncs/src/featurestore
-RUN ["/opt/mlfuncs/bin/python", "-m", "compileall", "-q", "/opt/mlfuncs/src"]
+RUN ["python", "prepare.py", "--compile", "/opt/mlfuncs/src"]
 
 FROM ${PYTHON_IMAGE}
 ARG VERSION=0.1.0
@@ -37,6 +44,9 @@ LABEL org.opencontainers.image.title="mlfuncs base" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"
+# Where the extra "cuda" has its libraries; without it these are the Python image's own, unchanged.
+COPY --from=build /etc/ld.so.conf.d /etc/ld.so.conf.d
+COPY --from=build /etc/ld.so.cache /etc/ld.so.cache
 COPY --from=build /opt/mlfuncs/bin /opt/mlfuncs/bin
 COPY --from=build /opt/mlfuncs/pyvenv.cfg /opt/mlfuncs/pyvenv.cfg
 COPY --from=build /opt/mlfuncs/lib /opt/mlfuncs/lib

@@ -192,7 +192,7 @@ class FunctionComponent(base_component.BaseComponent):
         if inline:
             arguments += ["--inline", inline]
         return structures.ContainerSpecImplementation(
-            image=base_image(self.settings),
+            image=self.function.spec.base_image or base_image(self.settings),
             command=["python3", "-m", MODULE],
             args=[*arguments, "--executor_input", "{{$}}"],
             env={**pod_environment(self.settings), **self.function.spec.env},

@@ -39,7 +39,7 @@ def build_image(
     builder: ImageBuilder | None = None,
 ) -> BuiltImage:
     """The image of these functions, stored under `tag` (default: a name from the functions and the image's digest)."""
-    from mlfuncs_runtime.images.function_image import ImageFunction, assemble
+    from mlfuncs_runtime.images.function_image import ImageFunction, assemble, wished_base
 
     if builder is None:
         from mlfuncs_runtime.images.docker_builder import DockerBuilder
@@ -47,7 +47,7 @@ def build_image(
         builder = DockerBuilder(settings)
     wanted = check_reference(tag) if tag else ""
     made = [ImageFunction(f.spec.name, f.bundle.digest, RevisionConfig(f.spec)) for f in functions]
-    image = assemble(made, builder.base(report), settings)
+    image = assemble(made, builder.base(report, wished_base(made, settings)), settings)
     name = wanted or f"{repository(functions, settings)}:{image.id.removeprefix('sha256:')[:12]}"
     report(f"storing {name}")
     built = builder.store(image, [name])
@@ -166,10 +166,10 @@ def _docker(function: Function[Any, Any], settings: Settings) -> Rendered:
 
 def _plain_image(functions: Sequence[Function[Any, Any]], settings: Settings) -> Image:
     """The image over a base that is only named: no engine is asked."""
-    from mlfuncs_runtime.images.function_image import ImageFunction, assemble
+    from mlfuncs_runtime.images.function_image import ImageFunction, assemble, wished_base
 
     made = [ImageFunction(f.spec.name, f.bundle.digest, RevisionConfig(f.spec)) for f in functions]
-    return assemble(made, BaseImage(settings.resolved_base_image, "", (), {}), settings)
+    return assemble(made, BaseImage(wished_base(made, settings).name(settings), "", (), {}), settings)
 
 
 def build_context(functions: Sequence[Function[Any, Any]], url: str, settings: Settings) -> int:
@@ -180,7 +180,7 @@ def build_context(functions: Sequence[Function[Any, Any]], url: str, settings: S
 
 
 def _job(function: Function[Any, Any], tool: str, name: str, settings: Settings) -> Rendered:
-    from mlfuncs_runtime.manifests.builds import BuildJob, render_build_job
+    from mlfuncs_runtime.manifests.builds import BuildJob, build_warnings, render_build_job
 
     if not settings.artifacts_url:
         raise SpecError(f"{tool} reads its context from the artifact URL: set MLFUNCS_ARTIFACTS_URL, e.g. s3://bucket")
@@ -188,7 +188,7 @@ def _job(function: Function[Any, Any], tool: str, name: str, settings: Settings)
         f"{settings.artifacts_url.rstrip('/')}/contexts/{function.version}.tar.gz"  # build --context URL writes it
     )
     job = BuildJob(function.spec.name, settings.kubernetes_namespace, context, name)
-    return Rendered([render_build_job(job, "kaniko" if tool == "kaniko" else "buildkit")], [])
+    return Rendered([render_build_job(job, "kaniko" if tool == "kaniko" else "buildkit")], build_warnings(job))
 
 
 def _diff(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:

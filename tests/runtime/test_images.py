@@ -27,8 +27,10 @@ from mlfuncs_runtime.images.builder import MemoryBuilder
 from mlfuncs_runtime.images.context import write_context
 from mlfuncs_runtime.images.function_image import ImageFunction, assemble, shared_lock
 from mlfuncs_runtime.images.image import layers_in, write_archive
-from mlfuncs_runtime.images.layers import Entry, write_layer
+from mlfuncs_runtime.images.layers import Entry, undated_layer, write_layer
+from mlfuncs_runtime.images.prepare import compile_below
 from mlfuncs_runtime.images.sbom import cyclonedx
+from mlfuncs_runtime.kubernetes.images import push_run_image
 from mlfuncs_runtime.rendering import build_image
 from tests.runtime.private_index import CREDENTIALS, PASSWORD, USER, Index, fill, serving_index
 
@@ -78,6 +80,45 @@ def test_a_layer_does_not_depend_on_times_owners_or_order(tmp_path):
     assert first == second and first.digest == hashlib.sha256(first.path.read_bytes()).hexdigest()
 
 
+def test_a_layer_that_a_builder_made_loses_what_differs_between_two_builds(tmp_path):
+    def built(name, when, order):
+        folder = tmp_path / name
+        (folder / "opt").mkdir(parents=True)
+        (folder / "opt" / "b").write_text("b")
+        (folder / "opt" / "a").write_text("a")
+        (folder / "opt" / "a").chmod(0o755)
+        (folder / "opt" / "c").hardlink_to(folder / "opt" / "a")
+        (folder / "opt" / "d").symlink_to("a")
+        with tarfile.open(tmp_path / f"{name}.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+            for path in order:
+                os.utime(folder / path, (when, when), follow_symlinks=False)
+                archive.add(folder / path, path, recursive=False)
+        return undated_layer(tmp_path / f"{name}.tar", tmp_path / "layers")
+
+    first = built("one", 1_700_000_000.25, ["opt", "opt/a", "opt/b", "opt/c", "opt/d"])
+    second = built("two", 1_800_000_000.75, ["opt", "opt/d", "opt/b", "opt/a", "opt/c"])
+    assert first == second
+    with tarfile.open(first.path) as archive:
+        found = {member.name: member for member in archive}
+        assert archive.extractfile("opt/c").read() == b"a" and found["opt/a"].mode == 0o755
+        assert found["opt/c"].islnk() and found["opt/d"].linkname == "a"
+
+
+def test_byte_code_of_a_base_does_not_depend_on_when_it_is_written(tmp_path):
+    written = []
+    for when in (1_700_000_000, 1_800_000_000):
+        source = tmp_path / "src" / "module.py"
+        source.parent.mkdir(exist_ok=True)
+        source.write_text('NAMES = ["x", "y"]\n\n\ndef f(x, y={"a": 1}):\n    return f"{x} {y}"\n')
+        os.utime(source, (when, when))
+        (source.parent / "template.py").write_text("{% not Python %}\n")
+        compile_below(str(source.parent))
+        (made,) = source.parent.glob("__pycache__/*.pyc")
+        written.append(made.read_bytes())
+        shutil.rmtree(made.parent)
+    assert written[0] == written[1]
+
+
 def test_the_same_functions_give_the_same_image_and_a_change_only_its_own_layer(functions, settings):
     base = MemoryBuilder().base(print)
     first = assemble(functions("double"), base, settings)
@@ -88,6 +129,23 @@ def test_the_same_functions_give_the_same_image_and_a_change_only_its_own_layer(
     assert changed.id != first.id
     assert changed.layers[0].digest == first.layers[0].digest
     assert changed.layers[-1].size_bytes < 100_000
+
+
+def test_runs_share_an_image_of_their_requirements_which_is_pushed_once(tmp_path, home, monkeypatch):
+    monkeypatch.setenv("MLFUNCS_IMAGE_REGISTRY", "registry.example/team")
+    settings, builder, names = read_settings(), MemoryBuilder(), []
+    for factor in (2, 3):  # another code, the same requirements
+        path = tmp_path / f"served{factor}.py"
+        path.write_text(textwrap.dedent(SOURCE).format(factor=factor))
+        function = load_target(f"{path}:double")
+        names.append(push_run_image(function.bundle, function.spec, settings, builder, print))
+    assert names[0] == names[1] and builder.pushed == names[:1]
+    with tarfile.open(fileobj=io.BytesIO(builder.archives[names[0]])) as archive:
+        (layer,) = [name for name in archive.getnames() if name.endswith("layer.tar")]
+        with tarfile.open(fileobj=archive.extractfile(layer)) as wheels:
+            assert "opt/function/site-packages/six.py" in wheels.getnames()
+    other = load_target(f"{path}:other")  # of six 1.16
+    assert push_run_image(other.bundle, other.spec, settings, builder, print) not in names
 
 
 def test_an_image_has_bundle_signature_bill_and_compiled_wheels(functions, settings):

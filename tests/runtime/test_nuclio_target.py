@@ -2,11 +2,9 @@
 
 import base64
 import json
-import os
 import threading
 import types
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import nuclio_sdk
 import numpy as np
@@ -16,10 +14,10 @@ import yaml
 import mlfuncs as ml
 from mlfuncs.errors import DeployFailed, Forbidden, NotFound, SpecError, UntrustedError
 from mlfuncs.nuclio_source import load_deployable, read_notebook, requirements_of, spec_options
-from mlfuncs.spec import FunctionSpec
 from mlfuncs_runtime.manifests.nuclio import NuclioCode, nuclio_warnings, render_api_gateway, render_nuclio
 from mlfuncs_runtime.manifests.workload import Workload
 from mlfuncs_runtime.nuclio.export import open_exported
+from tests.runtime.rendered import check_golden, everything
 
 HANDLER = """
 import json
@@ -261,22 +259,7 @@ def test_constructors_values_too_large_for_the_function_say_where_to_put_them(da
         Times.deploy(target="nuclio", factor={"by": 2.0}, model=np.random.default_rng(1).random(200_000))
 
 
-EVERYTHING = FunctionSpec(
-    name="churn",
-    resources=ml.Resources(cpu=1.5, memory="1Gi", gpu=1),
-    scale=ml.Scale(min=0, max=4, concurrency=8),
-    timeout_s=90,
-    env={"THRESHOLD": "0.5"},
-    secrets=("DB_PASSWORD",),
-    labels={"team": "growth"},
-    pod=ml.Pod(
-        node_selector={"pool": "gpu"},
-        tolerations=({"key": "nvidia.com/gpu", "operator": "Exists"},),
-        volumes={"/models": {"persistentVolumeClaim": {"claimName": "models"}}},
-        image_pull_secrets=("registry",),
-        priority_class="high",
-    ),
-)
+EVERYTHING = everything(priority_class="high", scale=ml.Scale(min=0, max=4, concurrency=8))
 
 
 def test_nuclios_objects_are_as_the_golden_file_says(monkeypatch):
@@ -284,11 +267,7 @@ def test_nuclios_objects_are_as_the_golden_file_says(monkeypatch):
     workload = Workload("churn", "shop", "rev-3", "", EVERYTHING, "ml", {"rev-2": 90, "rev-3": 10})
     code = NuclioCode("d" * 64, b"zip", "ed25519:a2V5 c2ln", "ed25519:a2V5", ("six==1.17.0 --hash=sha256:0",))
     gateway = render_api_gateway(workload, "churn.fn.example.com")
-    rendered = yaml.safe_dump_all([render_nuclio(workload, code, "churn-rev-3"), gateway], sort_keys=False)
-    path = Path(__file__).parent / "golden" / "manifests" / "nuclio-everything.yaml"
-    if os.environ.get("UPDATE_GOLDEN"):
-        path.write_text(rendered)
-    assert rendered == path.read_text()
+    check_golden("nuclio-everything", [render_nuclio(workload, code, "churn-rev-3"), gateway])
     warnings = "\n".join(nuclio_warnings(workload))
     assert "autoscaler and DLX" in warnings and "idle after 2m" in warnings
 

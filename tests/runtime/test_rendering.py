@@ -16,7 +16,6 @@ from mlfuncs.errors import NotFound, SpecError
 from mlfuncs.loading import load_target
 from mlfuncs_runtime.images.builder import MemoryBuilder
 from mlfuncs_runtime.kubernetes.cluster import Cluster
-from mlfuncs_runtime.manifests.builds import BuildJob, render_build_job
 from mlfuncs_runtime.manifests.platform import render_compose, render_platform
 from mlfuncs_runtime.rendering import TARGETS, build_image, differences, render
 from tests.runtime import fake_kubernetes
@@ -132,11 +131,3 @@ def test_compose_publishes_on_loopback_only_and_has_no_password_in_it():
     assert "${MLFUNCS_TOKEN:?" in text
     assert "${POSTGRES_PASSWORD:?" in text and "${REDIS_PASSWORD:?" in text
     assert compose["services"]["platform"]["read_only"]
-
-
-@pytest.mark.parametrize("tool", ["buildkit", "kaniko"])
-def test_build_jobs_are_valid_and_refer_to_the_login(tool):
-    job = render_build_job(BuildJob("f", "ml", "s3://b/context.tar.gz", "registry.example/f:1", "login"), tool)
-    kubernetes_validate.validate(job, kubernetes_validate.latest_version(), strict=True)
-    assert "s3://b/context.tar.gz" in json.dumps(job) and "registry.example/f:1" in json.dumps(job)
-    assert job["spec"]["template"]["spec"]["volumes"][1]["secret"]["secretName"] == "login"

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mlfuncs.errors import SpecError
 from mlfuncs.spec import Resources
 from mlfuncs_runtime.docker.entry import SECRETS_DIR, SOCKET
 
@@ -70,5 +71,10 @@ def _limits(resources: Resources) -> dict[str, Any]:
     if resources.cpu is not None:
         limits["NanoCpus"] = math.ceil(resources.cpu * _NANO)
     if resources.gpu:
+        if not resources.gpu_type.startswith("nvidia.com/"):
+            raise SpecError(
+                f"target 'docker' gives GPUs of NVIDIA alone, and resources.gpu_type is {resources.gpu_type!r}: use a "
+                "target of a cluster that has them"
+            )
         limits["DeviceRequests"] = [{"Driver": "nvidia", "Count": resources.gpu, "Capabilities": [["gpu"]]}]
     return limits

@@ -103,6 +103,8 @@ def _error(status: int, message: str) -> MlfuncsError:
         return NotFound("object of the Docker Engine", message)
     if status == 409:
         return Conflict(f"Docker: {message}")
+    if "could not select device driver" in message:
+        return Unavailable(f"the Docker Engine has no GPU to give ({message}): install NVIDIA's container toolkit")
     return Unavailable(f"the Docker Engine refuses (status {status}): {message}")
 
 

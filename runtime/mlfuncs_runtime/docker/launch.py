@@ -40,16 +40,16 @@ def make_docker_launch(
 def ensure_image(plan: EndpointPlan, revision: str, settings: Settings) -> str:
     """The name of the revision's image, built when the engine has none of that name."""
     from mlfuncs_runtime.images.docker_builder import DockerBuilder
-    from mlfuncs_runtime.images.function_image import ImageFunction, assemble
+    from mlfuncs_runtime.images.function_image import ImageFunction, assemble, wished_base
 
     builder = DockerBuilder(settings)
     with locked(ensure_home(settings) / "images" / ".build.lock"):
-        base = builder.base(lambda note: log.info("%s", note))
+        limits = plan.options.get("limits") or {}
+        function = ImageFunction(plan.name, plan.digests[revision], plan.revisions[revision], limits)
+        base = builder.base(lambda note: log.info("%s", note), wished_base([function], settings))
         reference = image_name(plan, revision, base.id)
         if not builder.has(reference):
             log.info("building the image %s", reference)
-            limits = plan.options.get("limits") or {}
-            function = ImageFunction(plan.name, plan.digests[revision], plan.revisions[revision], limits)
             built = builder.store(assemble([function], base, settings), [reference])
             log.info("built %s, %.1f MB above its base", reference, built.new_bytes / 1e6)
     return reference

@@ -10,16 +10,18 @@ import hashlib
 import os
 import sys
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import mlfuncs
 from mlfuncs.environments.own import package_folders
-from mlfuncs.errors import NotFound
+from mlfuncs.errors import NotFound, SpecError
 from mlfuncs.settings import Settings
+from mlfuncs.spec import FunctionSpec
 from mlfuncs_runtime.images.layers import Entry
 
+CUDA = "cuda"  # the extra with CUDA's libraries
 FILES = ("Dockerfile", "pyproject.toml", "LICENSE")
 PACKAGES = {  # import name -> folder in the context
     "mlfuncs": "mlfuncs",
@@ -31,6 +33,39 @@ SHIPPED = Path(__file__).with_name("shipped")  # in an installed wheel only
 _PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
 _CERTIFICATES = ("PIP_CERT", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 _CERTIFICATES_FILE = "certificates.pem"  # in the context; the Dockerfile's first stage alone has it
+
+
+@dataclass(frozen=True)
+class BaseWish:
+    """What functions want to stand on: the image that they name, else one with CUDA's libraries when they have GPUs."""
+
+    image: str = ""
+    cuda: bool = False
+
+    @classmethod
+    def of(cls, functions: Iterable[tuple[FunctionSpec, Sequence[str]]]) -> BaseWish:
+        """The wish of functions, each with its lock, that share an image. Raises SpecError when they do not agree.
+
+        Only GPUs of NVIDIA need CUDA's libraries, and only where the locked distributions, e.g. PyTorch's, have none.
+        """
+        made = list(functions)
+        images = sorted({spec.base_image for spec, _ in made} - {""})
+        if len(images) > 1:
+            raise SpecError(f"one image has one base, and these functions name {', '.join(images)}: build one for each")
+        return cls("".join(images), any(_asks_for_nvidia(spec) and not _has_cuda(lock) for spec, lock in made))
+
+    def name(self, settings: Settings) -> str:
+        """The base's name where no engine can be asked."""
+        named = self.image or settings.base_image
+        return named or settings.resolved_base_image + f"-{CUDA}" * self.cuda
+
+
+def _asks_for_nvidia(spec: FunctionSpec) -> bool:
+    return bool(spec.resources.gpu) and spec.resources.gpu_type.startswith("nvidia.com/")
+
+
+def _has_cuda(lock: Sequence[str]) -> bool:
+    return any(line.startswith(("nvidia-cublas", "nvidia-cuda-runtime")) for line in lock)
 
 
 @dataclass(frozen=True)
@@ -67,6 +102,7 @@ class BaseSource:
     def arguments(self, settings: Settings) -> dict[str, str]:
         """The build arguments. Those of `private_arguments` reach no layer of the final stage."""
         found = {"PYTHON_IMAGE": self.python_image, "VERSION": mlfuncs.__version__, "EXTRAS": " ".join(self.extras)}
+        found["FOR_PYTHON"] = f"{sys.version_info.major}.{sys.version_info.minor}"
         if own_certificates():
             found["CERTIFICATES"] = f"/src/{_CERTIFICATES_FILE}"
         return found | private_arguments(settings)

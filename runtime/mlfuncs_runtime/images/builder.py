@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from mlfuncs.errors import NotFound
+from mlfuncs_runtime.images.base import BaseWish
 from mlfuncs_runtime.images.image import BaseImage, Image, write_archive
 
 Report = Callable[[str], None]
@@ -31,8 +32,8 @@ class BuiltImage:
 class ImageBuilder(Protocol):
     """Stores function images. Every method raises MlfuncsError classes only."""
 
-    def base(self, report: Report) -> BaseImage:
-        """The base image, made or fetched when it is not there."""
+    def base(self, report: Report, wish: BaseWish = BaseWish()) -> BaseImage:
+        """The base image that is wished for, made or fetched when it is not there."""
 
     def store(self, image: Image, tags: Sequence[str]) -> BuiltImage:
         """Keep the image under these names; the first is its reference."""
@@ -52,10 +53,10 @@ class MemoryBuilder:
     pushed: list[str] = field(default_factory=list)
     config: Mapping[str, Any] = field(default_factory=lambda: {"Env": ["PATH=/usr/bin"], "User": "10001:10001"})
 
-    def base(self, report: Report) -> BaseImage:
+    def base(self, report: Report, wish: BaseWish = BaseWish()) -> BaseImage:
         """A base that has no layer."""
         report("the base is there")
-        return BaseImage("memory/base", "sha256:" + "0" * 64, (), self.config)
+        return BaseImage(wish.image or f"memory/base{'-cuda' * wish.cuda}", "sha256:" + "0" * 64, (), self.config)
 
     def store(self, image: Image, tags: Sequence[str]) -> BuiltImage:
         """Keep the archive under every tag."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,10 +15,10 @@ from docker.errors import APIError, BuildError, DockerException, ImageNotFound
 
 from mlfuncs.errors import EnvironmentFailed, Forbidden, MlfuncsError, NotFound, SpecError, Unavailable
 from mlfuncs.settings import Settings
-from mlfuncs_runtime.images.base import BaseSource, find_source, private_arguments
+from mlfuncs_runtime.images.base import CUDA, BaseSource, BaseWish, find_source, private_arguments
 from mlfuncs_runtime.images.builder import BuiltImage, Report
 from mlfuncs_runtime.images.image import BaseImage, Image, layers_in, write_archive
-from mlfuncs_runtime.images.layers import write_layer
+from mlfuncs_runtime.images.layers import undated_layer, write_layer
 
 _TIMEOUT_S = 900  # of one call: the base's first build downloads
 _USEFUL_LINES = 8
@@ -32,12 +33,19 @@ class DockerBuilder:
             self._client = docker.from_env(timeout=_TIMEOUT_S)
             self._client.ping()
 
-    def base(self, report: Report) -> BaseImage:
-        """The base that the settings name, else the one of this release's Dockerfile, built when it is not there."""
-        if self._settings.base_image:
-            return _checked(self._inspect(self._pulled(self._settings.base_image, report)))
-        made = self.make_base(find_source(), report)
-        self.tag(made.name, self._settings.resolved_base_image)  # what rendered Dockerfiles start from
+    def base(self, report: Report, wish: BaseWish = BaseWish()) -> BaseImage:
+        """The base that functions or the settings name, else that of this release's Dockerfile, built if need be.
+
+        An image that a function names and that is no base of ours is the Python image that one is built over.
+        """
+        if named := wish.image or self._settings.base_image:
+            found = self._inspect(self._pulled(named, report))
+            if is_base(found) or not wish.image:
+                return _checked(found)
+            return self.make_base(dataclasses.replace(find_source(), python_image=named), report)
+        extras = (CUDA,) if wish.cuda else ()
+        made = self.make_base(dataclasses.replace(find_source(), extras=extras), report)
+        self.tag(made.name, wish.name(self._settings))  # what rendered Dockerfiles start from
         return made
 
     def make_base(self, source: BaseSource, report: Report) -> BaseImage:
@@ -46,7 +54,8 @@ class DockerBuilder:
         tag = source.tag(python.id)
         if not self.has(tag):
             report(f"building the base image {tag}")
-            self._build(source, tag)
+            self._build(source, f"{tag}-dated")
+            self._undate(f"{tag}-dated", python, tag)
         return self._inspect(tag)
 
     def tag(self, image: str, name: str) -> None:
@@ -113,15 +122,27 @@ class DockerBuilder:
         if image.id not in [found.id for found in loaded]:
             raise Unavailable(f"the Docker Engine loaded {[found.id for found in loaded]} instead of {image.id}")
 
-    def _base_layers(self, base: BaseImage, folder: Path) -> dict[str, Path]:
+    def _base_layers(self, base: BaseImage, folder: Path, wanted: Sequence[str] = ()) -> dict[str, Path]:
+        """The tars of these layers of an image (default: of all), by diff id."""
         saved = folder / "base.tar"
         with _translated(base.name), saved.open("wb") as file:
             for chunk in self._client.images.get(base.id).save():
                 file.write(chunk)
         with saved.open("rb") as file:
-            layers = layers_in(file, base.diff_ids, folder)
+            layers = layers_in(file, wanted or base.diff_ids, folder)
         saved.unlink()
         return layers
+
+    def _undate(self, name: str, python: BaseImage, tag: str) -> None:
+        """Store a built base as one that has no times: whoever builds it from the same files gets the same image."""
+        made = self._inspect(name)
+        own = made.diff_ids[len(python.diff_ids) :]
+        with tempfile.TemporaryDirectory(prefix="mlfuncs-base-") as folder:
+            found = self._base_layers(made, Path(folder), own)
+            layers = [undated_layer(found.pop(diff_id), Path(folder), "base") for diff_id in own]
+            self.store(Image(dataclasses.replace(python, config=made.config), tuple(layers)), [tag])
+        with contextlib.suppress(APIError):
+            self._client.images.remove(name)
 
     def _pulled(self, name: str, report: Report) -> str:
         if not self.has(name):
@@ -179,9 +200,14 @@ def _check_build(lines: list[dict[str, Any]], tag: str) -> None:
     )
 
 
+def is_base(image: BaseImage) -> bool:
+    """Whether an image serves what is put on top of it."""
+    return "mlfuncs_runtime.docker.entry" in (image.config.get("Entrypoint") or ())
+
+
 def _checked(base: BaseImage) -> BaseImage:
     """Raises SpecError for an image that would not serve a function."""
-    if "mlfuncs_runtime.docker.entry" not in (base.config.get("Entrypoint") or ()):
+    if not is_base(base):
         raise SpecError(
             f"MLFUNCS_BASE_IMAGE {base.name} is not a base image of mlfuncs: make one over it with "
             f"'mlfuncs build base --python-image {base.name} --tag NAME'"

@@ -23,6 +23,7 @@ from mlfuncs.errors import SpecError
 from mlfuncs.serving.revision_config import RevisionConfig
 from mlfuncs.settings import Settings
 from mlfuncs.signing import project_key
+from mlfuncs_runtime.images.base import BaseWish
 from mlfuncs_runtime.images.image import BaseImage, Image
 from mlfuncs_runtime.images.layers import Entry, Layer, write_layer
 from mlfuncs_runtime.images.sbom import cyclonedx, to_bytes
@@ -64,6 +65,11 @@ def assemble(functions: Sequence[ImageFunction], base: BaseImage, settings: Sett
         _environ(functions, settings),
         _labels(bundles, base),
     )
+
+
+def wished_base(functions: Sequence[ImageFunction], settings: Settings) -> BaseWish:
+    """The base for these functions. Raises SpecError when they do not agree, and what opening a bundle raises."""
+    return BaseWish.of((f.config.spec, open_bundle(f.bundle, settings).manifest.lock) for f in functions)
 
 
 def shared_lock(bundles: Mapping[str, OpenBundle]) -> tuple[tuple[str, ...], str]:

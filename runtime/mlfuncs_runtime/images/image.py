@@ -78,7 +78,7 @@ class Image:
         runs["Env"] = [f"{name}={value}" for name, value in {**variables, **self.environ}.items()]
         runs["Labels"] = dict(sorted({**(runs.get("Labels") or {}), **self.labels}.items()))
         keep = ("Env", "Labels", "Entrypoint", "Cmd", "User", "WorkingDir", "ExposedPorts", "Healthcheck", "StopSignal")
-        history = [{"created": CREATED, "comment": f"base {self.base.id}"}] * len(self.base.diff_ids)
+        history = [{"created": CREATED, "comment": "base"}] * len(self.base.diff_ids)
         history += [{"created": CREATED, "created_by": "mlfuncs", "comment": layer.note} for layer in self.layers]
         document = {
             "architecture": self.base.architecture,

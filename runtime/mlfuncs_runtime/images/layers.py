@@ -65,6 +65,25 @@ def keep_layer(temporary: Path, folder: Path, note: str) -> Layer:
     return Layer(path, digest, path.stat().st_size, note)
 
 
+def undated_layer(path: Path, folder: Path, note: str = "") -> Layer:
+    """A layer that a builder made, without the times at which it did: the same files give the same layer."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=folder, suffix=".part")
+    try:
+        with (
+            os.fdopen(handle, "wb") as file,
+            tarfile.open(path) as made,
+            tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive,
+        ):
+            for member in sorted(made.getmembers(), key=lambda one: (one.islnk(), one.name)):  # links after files
+                member.mtime, member.uname, member.gname = EPOCH_S, "", ""
+                member.pax_headers = {k: v for k, v in member.pax_headers.items() if not k.endswith("time")}
+                archive.addfile(member, made.extractfile(member) if member.isreg() else None)
+        return keep_layer(Path(temporary), folder, note)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
 def find_layer(digest: str, folder: Path, note: str = "") -> Layer | None:
     """The layer of that digest, when it was written here before."""
     path = folder / f"{digest}.tar"

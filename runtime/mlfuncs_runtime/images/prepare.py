@@ -1,10 +1,15 @@
 """Run by the Dockerfile's first stage: what to install, where our packages will be, and the command.
 
 python prepare.py PYPROJECT REQUIREMENTS [EXTRA...]
+python prepare.py --libraries       after the installation: let the loader find what NVIDIA's distributions bring
+python prepare.py --compile FOLDER  write byte code that has no times in it
 """
 
+import os
 import pathlib
+import subprocess
 import sys
+import sysconfig
 import tomllib
 
 ROOT = pathlib.Path("/opt/mlfuncs")
@@ -33,6 +38,9 @@ def requirements(project: dict, extras: list[str]) -> list[str]:
 
 def main(pyproject: str, target: str, *extras: str) -> None:
     """Write the requirements, the path file of our packages, and the command."""
+    own, wanted = f"{sys.version_info.major}.{sys.version_info.minor}", os.environ.get("FOR_PYTHON")
+    if wanted and wanted != own:
+        sys.exit(f"this Python image has Python {own}, and the functions are packed for {wanted}")
     project = tomllib.loads(pathlib.Path(pyproject).read_text(encoding="utf-8"))["project"]
     names = [name for text in extras for name in text.split()]
     pathlib.Path(target).write_text("\n".join(requirements(project, names)), encoding="utf-8")
@@ -44,5 +52,24 @@ def main(pyproject: str, target: str, *extras: str) -> None:
     HOME.mkdir()
 
 
+def show_libraries(loader: pathlib.Path = pathlib.Path("/etc/ld.so.conf.d")) -> None:
+    """Name the folders with NVIDIA's libraries to the loader, behind those that a distribution finds by itself."""
+    places = sorted(map(str, pathlib.Path(sysconfig.get_paths()["purelib"]).glob("nvidia/*/lib")))
+    if places:
+        (loader / "mlfuncs.conf").write_text("\n".join(places) + "\n", encoding="utf-8")
+        subprocess.run(["ldconfig"], check=True)
+
+
+def compile_below(folder: str) -> None:
+    """Write byte code for a read-only image. A file that does not compile, e.g. a template, would not run either."""
+    command = [sys.executable, "-m", "compileall", "-q", "--invalidation-mode", "unchecked-hash", folder]
+    subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if sys.argv[1] == "--libraries":
+        show_libraries()
+    elif sys.argv[1] == "--compile":
+        compile_below(sys.argv[2])
+    else:
+        main(*sys.argv[1:])

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mlfuncs.bundles.bundle import Bundle
     from mlfuncs.registry import EndpointRow
     from mlfuncs.spec import FunctionSpec
+    from mlfuncs_runtime.images.base import BaseWish
     from mlfuncs_runtime.images.builder import ImageBuilder, Report
     from mlfuncs_runtime.images.image import BaseImage, Image
 
@@ -36,7 +37,7 @@ def push_image(
     row: EndpointRow, revision: str, settings: Settings, builder: ImageBuilder | None, report: Report
 ) -> str:
     """Build and push the revision's image once; its name. Raises what building and pushing raise."""
-    from mlfuncs_runtime.images.function_image import ImageFunction, assemble
+    from mlfuncs_runtime.images.function_image import ImageFunction, assemble, wished_base
 
     found = row.revision(revision)
     limits: dict[str, Any] = (row.desired.get("options") or {}).get("limits") or {}
@@ -45,7 +46,8 @@ def push_image(
     def make(base: BaseImage) -> Image:
         return assemble([function], base, settings)
 
-    return _push_once(cluster_image(row, revision, settings), make, settings, builder, report)
+    wish = wished_base([function], settings)
+    return _push_once(cluster_image(row, revision, settings), wish, make, settings, builder, report)
 
 
 def push_run_image(
@@ -56,11 +58,12 @@ def push_run_image(
     Raises SpecError when no registry is set and the base image alone would not do.
     """
     manifest, gpu = bundle.manifest, bool(spec.resources.gpu)
-    if settings.base_image and not manifest.lock and not gpu:
+    if settings.base_image and not (manifest.lock or gpu or spec.base_image):
         return settings.base_image
     if not settings.image_registry:
         raise SpecError(f"{_NO_REGISTRY}; or MLFUNCS_BASE_IMAGE, for functions without requirements")
     from mlfuncs import __version__
+    from mlfuncs_runtime.images.base import BaseWish
     from mlfuncs_runtime.images.image import Image
     from mlfuncs_runtime.images.wheels import SITE_PACKAGES, wheels_layer
 
@@ -71,14 +74,16 @@ def push_run_image(
             environ |= {"NVIDIA_VISIBLE_DEVICES": "all", "NVIDIA_DRIVER_CAPABILITIES": "compute,utility"}
         return Image(base, () if layer is None else (layer,), environ)
 
-    whole = [list(manifest.lock), manifest.python, settings.resolved_base_image, gpu, __version__]
+    wish = BaseWish.of([(spec, manifest.lock)])
+    whole = [list(manifest.lock), manifest.python, wish.name(settings), gpu, __version__]
     tag = hashlib.sha256(json.dumps(whole).encode()).hexdigest()[:12]
     reference = f"{settings.image_registry.rstrip('/')}/{settings.project}-runs:{tag}"
-    return _push_once(reference, make, settings, builder, report)
+    return _push_once(reference, wish, make, settings, builder, report)
 
 
 def _push_once(
     reference: str,
+    wish: BaseWish,
     make: Callable[[BaseImage], Image],
     settings: Settings,
     builder: ImageBuilder | None,
@@ -91,7 +96,7 @@ def _push_once(
     with locked(settings.home / "images" / ".build.lock"):
         if not builder.has(reference):
             report(f"building {reference}")
-            builder.store(make(builder.base(report)), [reference])
+            builder.store(make(builder.base(report, wish)), [reference])
         report(f"pushing {reference}")
         builder.push(reference, report)
     mark.parent.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from mlfuncs.errors import SpecError
 from mlfuncs_runtime.manifests.workload import MANAGER
 
 _BUILDKIT = "moby/buildkit:v0.16.0-rootless"
@@ -26,8 +27,25 @@ class BuildJob:
     push_secret: str = ""
 
 
+def build_warnings(build: BuildJob) -> list[str]:
+    """What the Job needs of its cluster."""
+    return [
+        f"both builders need more than pod security 'restricted' or 'baseline' allows: a namespace of their own beside "
+        f"{build.namespace!r} when that enforces one, as that of 'mlfuncs render platform' does"
+    ]
+
+
 def render_build_job(build: BuildJob, tool: Literal["buildkit", "kaniko"] = "buildkit") -> dict[str, Any]:
-    """A Job that builds the context's Dockerfile and pushes it."""
+    """A Job that builds the context's Dockerfile and pushes it.
+
+    BuildKit reads contexts over HTTP alone; Kaniko knows buckets, with the credentials of its pod. Raises SpecError for
+    a URL that the builder cannot read.
+    """
+    if tool == "buildkit" and not build.context.startswith(("http://", "https://")):
+        raise SpecError(
+            f"BuildKit reads a context over http(s) alone, not {build.context!r}: render it for 'kaniko', or set "
+            "MLFUNCS_ARTIFACTS_URL to an address of the store over https"
+        )
     container = _buildkit(build) if tool == "buildkit" else _kaniko(build)
     volumes: list[dict[str, Any]] = [{"name": "work", "emptyDir": {}}]
     if build.push_secret:

@@ -16,6 +16,7 @@ from typing import Any
 import mlfuncs
 from mlfuncs.errors import SpecError
 from mlfuncs.serving.rollouts import serving_revision
+from mlfuncs_runtime.images.base import CUDA, BaseWish
 from mlfuncs_runtime.manifests.knative import to_percentages
 from mlfuncs_runtime.manifests.workload import Workload, labels, resources
 
@@ -86,7 +87,7 @@ def render_nuclio(workload: Workload, code: NuclioCode, name: str = "") -> dict[
                 "attributes": {"serviceType": "ClusterIP"},
             }
         },
-        "build": {"commands": build_commands(code.lock), "functionSourceCode": source},
+        "build": _build(workload, code.lock, source),
         "securityContext": {"runAsNonRoot": True, "runAsUser": 10001},
     }
     if scale.min == 0:
@@ -192,10 +193,20 @@ def handler_source(workload: Workload, code: NuclioCode) -> str:
     )
 
 
-def build_commands(lock: Sequence[str]) -> list[str]:
-    """What Nuclio's image build runs: one pip install of mlfuncs and the pins."""
+def build_commands(lock: Sequence[str], cuda: bool = False) -> list[str]:
+    """What Nuclio's image build runs: one pip install of mlfuncs, with CUDA's libraries if wished, and the pins."""
     pins = " ".join(f"'{line.partition(' --hash=')[0]}'" for line in lock)
-    return [f"pip install --no-cache-dir mlfuncs=={mlfuncs.__version__} {pins}".strip()]
+    own = f"'mlfuncs[{CUDA}]=={mlfuncs.__version__}'" if cuda else f"mlfuncs=={mlfuncs.__version__}"
+    commands = [f"pip install --no-cache-dir {own} {pins}".strip()]
+    return [*commands, "python -m mlfuncs_runtime.images.prepare --libraries"] if cuda else commands
+
+
+def _build(workload: Workload, lock: Sequence[str], source: str) -> dict[str, Any]:
+    wish = BaseWish.of([(workload.spec, lock)])
+    build: dict[str, Any] = {"commands": build_commands(lock, wish.cuda and not wish.image)}
+    if wish.image:
+        build["baseImage"] = wish.image
+    return {**build, "functionSourceCode": source}
 
 
 def nuclio_warnings(workload: Workload) -> list[str]:
