@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -135,14 +137,12 @@ def _columns(rows: list[dict[str, Any]]) -> list[str]:
 
 def _row(endpoint: dict[str, Any]) -> dict[str, Any]:
     load = endpoint.get("load") or {}
-    replicas = endpoint["replicas"]
-    ready = sum(replica["state"] == "ready" for replica in replicas)
     return {
         "name": endpoint["name"],
         "state": endpoint["state"],
         "revision": endpoint["revision"],
         "traffic": " ".join(f"{revision}={share}" for revision, share in endpoint["traffic"].items()),
-        "replicas": f"{ready}/{load.get('desired', len(replicas))}",
+        "replicas": _replicas(endpoint),
         "queued": load.get("queued"),
         "rps": _rounded(load.get("rps")),
         "p50 ms": _rounded(load.get("p50_ms")),
@@ -150,6 +150,26 @@ def _row(endpoint: dict[str, Any]) -> dict[str, Any]:
         "panic": "yes" if load.get("panicking") else "",
         "message": (endpoint["message"].splitlines() or [""])[0],
     }
+
+
+def _replicas(endpoint: Mapping[str, Any]) -> str:
+    """Ready replicas of those wished for, and what else there is.
+
+    >>> draining = {"revision": "rev-1", "state": "draining"}
+    >>> _replicas({"traffic": {"rev-1": 100}, "replicas": [draining], "load": {"desired": 1}})
+    '0/1 (+1 draining)'
+    """
+    words = {"stopping": "draining", "parked": "spare"}
+    states = [
+        words.get(replica["state"], replica["state"]) if replica["revision"] in endpoint["traffic"] else "no traffic"
+        for replica in endpoint["replicas"]
+    ]
+    counts = Counter(states)
+    ready = counts.pop("ready", 0)
+    desired = (endpoint.get("load") or {}).get("desired", len(endpoint["replicas"]))
+    counts["draining"] += max(0, ready - desired)  # no longer wished for, and about to be told
+    others = ", ".join(f"+{count} {word}" for word, count in sorted(counts.items()) if count)
+    return f"{min(ready, desired)}/{desired}" + (f" ({others})" if others else "")
 
 
 def _rounded(value: float | None) -> float | None:

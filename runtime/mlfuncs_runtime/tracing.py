@@ -131,11 +131,15 @@ class SpanExport:
         from opentelemetry.sdk.trace.export import SpanExportResult
 
         offset_ns = _clock_offset_ns()
-        ready = [_readable(span, self.resource, offset_ns) if isinstance(span, Span) else span for span in spans]
-        taken = self._exporter.export(ready) is SpanExportResult.SUCCESS
+        try:
+            ready = [_readable(span, self.resource, offset_ns) if isinstance(span, Span) else span for span in spans]
+            taken = self._exporter.export(ready) is SpanExportResult.SUCCESS
+        except Exception:  # the thread's loop: a batch that cannot be encoded must not end all that come after it
+            log.exception("%d spans could not be sent", len(spans))
+            taken = False
         with self._counting:
-            self.exported += len(ready) if taken else 0
-            self.dropped += 0 if taken else len(ready)
+            self.exported += len(spans) if taken else 0
+            self.dropped += 0 if taken else len(spans)
         if taken is self._is_away:
             self._is_away = not taken
             say = "takes spans again" if taken else "does not take spans; they are dropped until it does"

@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,17 @@ import pytest
 
 import mlfuncs as ml
 from mlfuncs.errors import MissingExtra, SpecError
+from mlfuncs.serving.request_context import watch_calls
 from mlfuncs.settings import read_settings
 from mlfuncs_runtime.process_target import ProcessTarget
 from mlfuncs_runtime.router.core import RouterOptions
 from mlfuncs_runtime.router.spans import RouterSpans
-from mlfuncs_runtime.supervisor.places import find_places
+from mlfuncs_runtime.supervisor.places import find_places, make_places, write_json
+from mlfuncs_runtime.supervisor.triggers import table_path
 from mlfuncs_runtime.tracing import QUEUE_SPANS, Span, SpanExport, new_traceparent, open_export, read_traceparent
+from mlfuncs_runtime.triggers.cron import Memory
+from mlfuncs_runtime.triggers.process import TriggerProcess
+from mlfuncs_runtime.triggers.table import Entry
 from tests.runtime.router_harness import Harness, with_router
 
 pytest.importorskip("opentelemetry.sdk")
@@ -39,7 +45,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 GIVEN = f"00-{TRACE}-b7ad6b7169203331-01"
-SERVER, CLIENT, INTERNAL = 2, 3, 1  # SpanKind in OTLP
+SERVER, CLIENT, CONSUMER, INTERNAL = 2, 3, 5, 1  # SpanKind in OTLP
 
 
 def wait_until(holds: Callable[[], Any], what: str, timeout_s: float = 60) -> Any:
@@ -253,6 +259,72 @@ def test_a_hanging_collector_holds_up_nobody_and_what_overflows_is_dropped_and_c
     exporter.gate.set()
     export.stop(30.0)
     assert export.exported == exporter.taken == QUEUE_SPANS + 1 and export.dropped == 100
+
+
+def test_a_batch_that_cannot_be_sent_is_dropped_and_the_next_one_is_sent() -> None:
+    class Picky(SpanExporter):
+        def export(self, spans: Any) -> SpanExportResult:
+            if spans[0].name == "s13":
+                raise ValueError("no such thing")
+            return SpanExportResult.SUCCESS
+
+    export = SpanExport(Picky(), Resource.create({}))
+    export.start()
+    export.add(a_span(13))
+    wait_until(lambda: export.dropped == 1, "the drop")
+    export.add(a_span(14))
+    wait_until(lambda: export.exported == 1, "the next span")
+    export.stop(30.0)
+
+
+class FailsOnce(BaseHTTPRequestHandler):
+    """An endpoint that answers 500, and then 200."""
+
+    statuses: list[int]
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(self.statuses.pop(0))
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    def log_message(self, *_: Any) -> None:
+        """Quiet."""
+
+
+def test_the_tries_of_one_tick_are_consumer_spans_of_one_trace(
+    home: Path, collector: Collector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFUNCS_OTEL_ENDPOINT", collector.url)
+    settings = read_settings()
+    places, now = make_places(settings), datetime.now(UTC)
+    far_month = (now.month + 5) % 12 + 1  # no other tick comes while this runs
+    entry = Entry("test", "yearly", 30.0, ml.Cron(f"0 0 1 {far_month} *"))
+    write_json(places.run / "cron.json", {entry.key: Memory(now - timedelta(days=400)).to_dict()})
+    FailsOnce.statuses = [500, 200]
+    server = ThreadingHTTPServer(("127.0.0.1", 0), FailsOnce)
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    write_json(table_path(places), {"url": url, "entries": [entry.to_dict()]})
+    stop = threading.Event()
+    running = threading.Thread(target=TriggerProcess(settings, places).run, args=(stop,))
+    running.start()
+    try:
+        spans = wait_until(lambda: (s := [*collector.spans]) and len(s) == 2 and s, "two spans")
+    finally:
+        stop.set()
+        running.join(60)
+        watch_calls(None)
+        server.shutdown()
+        server.server_close()
+    assert FailsOnce.statuses == []
+    assert {span["kind"] for span in spans} == {CONSUMER} and {span["parent"] for span in spans} == {""}
+    assert len({span["trace"] for span in spans}) == 1 and len({span["id"] for span in spans}) == 2
+    assert [span["failed"] for span in sorted(spans, key=lambda span: span["start"])] == [True, False]
+    assert {span["attributes"]["url.full"] for span in spans} == {f"{url}/yearly"}
+    assert spans[0]["resource"]["service.name"] == "mlfuncs-triggers"
 
 
 def test_only_sampled_requests_leave_a_span_and_workers_hear_of_the_routers_own() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import sys
+import threading
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +16,7 @@ from mlfuncs.serving.revision_config import RevisionConfig
 from mlfuncs.spec import FunctionSpec
 from mlfuncs_runtime.supervisor.plan import EndpointPlan
 from mlfuncs_runtime.triggers.calls import Fault, judge_failure
+from mlfuncs_runtime.triggers.process import wait_for_lock
 from mlfuncs_runtime.triggers.table import Entry, entries_of
 
 
@@ -66,3 +70,16 @@ def test_kafka_without_its_extra_says_what_to_install(monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "confluent_kafka", None)
     with pytest.raises(MissingExtra, match=r"mlfuncs\[kafka\]"):
         KafkaSource(ml.KafkaTopic("clicks", servers="b:9092"), "b:9092", {})
+
+
+def test_a_trigger_process_waits_for_the_one_before_it_and_can_be_told_to_stop_meanwhile(tmp_path: Path) -> None:
+    with open(tmp_path / "lock", "w") as first, open(tmp_path / "lock", "w") as second:
+        fcntl.flock(first, fcntl.LOCK_EX)
+        stop, found = threading.Event(), list[bool]()
+        waiting = threading.Thread(target=lambda: found.append(wait_for_lock(second.fileno(), stop)))
+        waiting.start()
+        stop.set()
+        waiting.join(60)
+        assert found == [False]
+        fcntl.flock(first, fcntl.LOCK_UN)
+        assert wait_for_lock(second.fileno(), threading.Event())

@@ -10,6 +10,7 @@ from mlfuncs_runtime.supervisor.books import Books, ReplicaRecord
 from mlfuncs_runtime.supervisor.plan import EndpointPlan, judge, wanted_by_load
 from mlfuncs_runtime.supervisor.reconcile import Failures, Key, Phase
 
+_ENDING = (Phase.DRAINING, Phase.STOPPING, Phase.KILLED)
 _BROKEN = 2  # failures in a row from which on an endpoint is called failing
 _RECENT_S = 60.0  # how long it is told
 
@@ -30,7 +31,11 @@ def endpoint_overview(plan: EndpointPlan, books: Books, scaled: Mapping[Key, int
         "traffic": dict(plan.traffic),
         "replicas": [replica_overview(record) for record in _in_order(records)],
         "revisions": list(plan.revisions),
-        "load": {"desired": sum(wanted_by_load(plan, revision, scaled) for revision in plan.traffic)},
+        "load": {
+            "desired": sum(wanted_by_load(plan, revision, scaled) for revision in plan.traffic),
+            "ready": sum(record.seen.phase is Phase.READY for record in records),
+            "draining": sum(record.seen.phase in _ENDING for record in records),
+        },
     }
 
 

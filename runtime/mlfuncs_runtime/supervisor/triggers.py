@@ -118,6 +118,7 @@ class Triggers:
     def _start(self) -> None:
         env = {**os.environ, **self._settings.to_environ(), TOKEN: self._settings.token or self._token}
         command = processes.module_command(sys.executable, "mlfuncs_runtime.triggers.process")
+        write_json(process_path(self._places), {"token": self._token})  # before it shows it to anybody
         self._process = processes.spawn(command, env, self._places.logs / "triggers.log", self._places.run)
         self._started_s = time.monotonic()
         write_json(process_path(self._places), {"process": self._process.to_dict(), "token": self._token})

@@ -110,6 +110,18 @@ class TriggerProcess:
             runner.join(max(0.0, deadline_s - time.monotonic()))
 
 
+def wait_for_lock(handle: int, stop: threading.Event) -> bool:
+    """Wait until an earlier process, which may still end its calls, lets go of the lock; False when told to stop."""
+    while not stop.is_set():
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stop.wait(_LOOK_EVERY_S)
+        else:
+            return True
+    return False
+
+
 def main() -> int:
     """Run until SIGTERM; the process's exit status."""
     settings = read_settings()
@@ -122,8 +134,8 @@ def main() -> int:
     try:
         places = make_places(settings)
         with open(places.run / "triggers.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # one that ends is waited for
-            TriggerProcess(settings, places).run(stop)
+            if wait_for_lock(lock.fileno(), stop):
+                TriggerProcess(settings, places).run(stop)
     except MlfuncsError as exc:
         log.error("%s", exc)
         return 1
