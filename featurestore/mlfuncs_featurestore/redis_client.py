@@ -32,6 +32,10 @@ PAUSE_S = 0.05
 SCHEMES = ("redis", "rediss", "unix", "redis+cluster", "rediss+cluster")
 
 
+class _Replica(redis.ConnectionError):
+    """A write met a replica: a fail-over made another server the primary, to which a new connection may lead."""
+
+
 @dataclass(frozen=True)
 class Sent:
     """Commands under way: as they were packed, and the connection they went by (None: it failed)."""
@@ -131,8 +135,13 @@ class RedisLink:
         """Read the answers; the connection is idle then."""
         try:
             answers = [_answer(connection) for _ in packed]
-        except BaseException:
+            for answer in answers:
+                if isinstance(answer, redis.exceptions.ReadOnlyError):
+                    raise _Replica(str(answer))
+        except BaseException as exc:
             connection.disconnect()
+            if isinstance(exc, _Replica):
+                self._disconnect()
             raise
         self._idle.append(connection)
         return answers
@@ -173,6 +182,8 @@ class RedisLink:
             what = "did not answer in time"
         elif isinstance(exc, (redis.AuthenticationError, AuthorizationError)):
             what = "refuses the user or password of redis_url"
+        elif isinstance(exc, _Replica):
+            what = "is a replica, and no other answers at its address"
         elif isinstance(exc, redis.ConnectionError):
             what = "cannot be reached"
         else:
@@ -182,9 +193,12 @@ class RedisLink:
 
     def close(self) -> None:
         """Close every connection; the next command opens new ones."""
+        self._disconnect()
+        self.client.close()
+
+    def _disconnect(self) -> None:
         while self._idle:
             self._idle.pop().disconnect()
-        self.client.close()
 
 
 def _answer(connection: Any) -> Any:

@@ -108,7 +108,7 @@ def test_a_replica_refuses_writes_and_the_push_is_completed_by_its_primary(serve
     store, client = server
     store.push("spend", spend(1.0), now=NOW)
     client.replicaof("127.0.0.1", free_port())  # a fail-over made another one the primary
-    with pytest.raises(Unavailable, match="refused a command"):
+    with pytest.raises(Unavailable, match="is a replica"):
         store.push("spend", spend(2.0), push_id="over", now=NOW)
     assert store.get_online_features("spend:amount", {"user_id": [7]}, now=NOW).to_numpy().tolist() == [[1.0]]
     client.replicaof("NO", "ONE")
@@ -139,13 +139,13 @@ def test_rows_that_redis_threw_away_are_told_by_verify_and_come_back(server):
     assert amounts(store) == {1.0} and verify(store, "spend", now=NOW).is_equal
 
 
-class Swallowing:
-    """A proxy to a Redis that passes everything on and swallows the answer to the n-th EVALSHA of its connections."""
+class Proxy:
+    """A way to the Redis at `upstream`, which new connections look up. It swallows the n-th answer to EVALSHA."""
 
-    def __init__(self, port, swallow):
-        self.upstream, self.left = port, swallow
+    def __init__(self, upstream, swallow=0):
+        self.upstream, self.left = upstream, swallow
         self.listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self.listener.getsockname()[1]
+        self.url = f"redis://127.0.0.1:{self.listener.getsockname()[1]}"
         threading.Thread(target=self.accept, daemon=True).start()
 
     def accept(self):
@@ -167,14 +167,27 @@ class Swallowing:
                 client.sendall(answer)
 
 
+def test_a_fail_over_behind_one_address_is_followed(server, tmp_path):
+    direct, client = server
+    with servers.running(tmp_path / "other", "--port", str(other := free_port())):
+        servers.answers(redis.Redis(port=other)).close()
+        proxy = Proxy(client.get_connection_kwargs()["port"])
+        store = FeatureStore(Settings(home=direct.settings.home, project="shop", redis_url=proxy.url))
+        store.push("spend", spend(1.0, users=1), now=NOW)
+        client.replicaof("127.0.0.1", other)
+        proxy.upstream = other  # the connections that are open still lead to the one before
+        store.push("spend", spend(2.0, users=1), now=NOW)
+        assert amounts(store, users=1) == {2.0}
+        store.online.close()
+        proxy.listener.close()
+
+
 @pytest.mark.parametrize("swallowed", [1, 2])
 def test_a_write_whose_answer_was_lost_counts_once(server, tmp_path, swallowed):
     direct, client = server
     direct.push("busy", busy(50, 1), now=NOW)  # the script is known, so one EVALSHA is one write
-    proxy = Swallowing(client.get_connection_kwargs()["port"], swallowed)
-    store = FeatureStore(
-        Settings(home=direct.settings.home, project="shop", redis_url=f"redis://127.0.0.1:{proxy.port}")
-    )
+    proxy = Proxy(client.get_connection_kwargs()["port"], swallowed)
+    store = FeatureStore(Settings(home=direct.settings.home, project="shop", redis_url=proxy.url))
     for seconds in (40, 30):
         store.push("busy", busy(seconds, 1), now=NOW)
     proxy.listener.close()
