@@ -3,6 +3,7 @@
 # ruff: noqa: UP014, B006 - components are written as kfp users write them
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
@@ -15,7 +16,7 @@ from mlfuncs_pipelines.engine import Options
 from mlfuncs_pipelines.run_log import PipelineRun
 
 Run = Callable[..., PipelineRun]
-IMAGE = "python:3.11"
+IMAGE = f"python:{sys.version_info.major}.{sys.version_info.minor}"  # no step needs another Python
 
 
 @dsl.component(base_image=IMAGE)

@@ -19,6 +19,7 @@ from mlfuncs_pipelines.venvs import environment_digest, python_for
 
 Run = Callable[..., PipelineRun]
 IMAGE = "python:3.11-slim"
+HERE = f"python:{sys.version_info.major}.{sys.version_info.minor}-slim"  # such a step needs no other Python
 
 
 def _has_docker() -> bool:
@@ -35,13 +36,13 @@ def shell(text: str, out: dsl.OutputPath(str)):
     return dsl.ContainerSpec(image=IMAGE, command=["sh", "-c", 'mkdir -p $(dirname $1); echo -n "$0" > $1', text, out])
 
 
-@dsl.component(base_image=IMAGE)
+@dsl.component(base_image=HERE)
 def touch(path: str) -> str:
     open(path, "w").close()
     return path
 
 
-@dsl.component(base_image=IMAGE, packages_to_install=["toolz==0.12.0"])
+@dsl.component(base_image=HERE, packages_to_install=["toolz==0.12.0"])
 def versions() -> str:
     import sys
 
@@ -121,7 +122,7 @@ def _executor(component: Any) -> dict[str, Any]:
 
 
 def test_a_package_that_is_here_needs_no_environment(settings: Settings) -> None:
-    @dsl.component(base_image=IMAGE, packages_to_install=["packaging>=20", "click"])
+    @dsl.component(base_image=HERE, packages_to_install=["packaging>=20", "click"])
     def here() -> str:
         return "x"
 
@@ -151,11 +152,11 @@ def test_what_pip_would_install_is_read_from_the_command() -> None:
 
 
 def test_other_packages_are_another_environment() -> None:
-    @dsl.component(base_image=IMAGE, packages_to_install=["six"])
+    @dsl.component(base_image=HERE, packages_to_install=["six"])
     def one() -> str:
         return "x"
 
-    @dsl.component(base_image=IMAGE, packages_to_install=["toolz"])
+    @dsl.component(base_image=HERE, packages_to_install=["toolz"])
     def two() -> str:
         return "x"
 

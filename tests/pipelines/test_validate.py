@@ -3,6 +3,7 @@
 # ruff: noqa: UP014, SIM115 - components are written as kfp users write them
 
 import copy
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from mlfuncs.errors import NotFound
 from mlfuncs_pipelines.ir_shape import Problem
 from mlfuncs_pipelines.validate import InvalidPipeline, check, check_file, load_pipeline
 
-IMAGE = "python:3.11"
+IMAGE = f"python:{sys.version_info.major}.{sys.version_info.minor}"  # no step needs another Python
 
 
 @dsl.component(base_image=IMAGE)
