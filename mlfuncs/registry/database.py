@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 BUSY_TIMEOUT_S = 5.0  # SQLite's own wait inside one attempt
 PATIENCE_S = 60.0  # guess: longer than any burst of writers that was measured
-_CONNECT_TIMEOUT_S = 5
+_CONNECT_TIMEOUT_S = 30  # guess: a server that is away refuses at once; a loaded one took more than 5 s to let us in
 _RETRIED_STATES = {"40001", "40P01"}  # PostgreSQL: serialization_failure, deadlock_detected
 
 
