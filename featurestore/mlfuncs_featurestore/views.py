@@ -239,6 +239,9 @@ def _check_view(view: FeatureView) -> None:
             raise SpecError(f"view {view.name!r} deprecates {name!r}, which is not one of its fields")
     if view.event_id is not None and view.event_id not in view.fields:
         raise SpecError(f"event_id {view.event_id!r} of view {view.name!r} must be one of its fields")
+    if view.event_id is not None and view.fields[view.event_id].kind in ("list", "vector", "struct"):
+        kind = view.fields[view.event_id]
+        raise SpecError(f"event_id {view.event_id!r} of view {view.name!r} is {kind}; an event is known by one value")
     for expectation in view.expectations:
         if expectation.column not in view.columns:
             raise SpecError(f"view {view.name!r} expects something of {expectation.column!r}, which it does not have")

@@ -79,6 +79,7 @@ def test_a_view_names_its_features_stored_and_computed():
         ({"aggregations": [Aggregation("amount", ["sum"], windows=["1h"])] * 2}, "two features named"),
         ({"expectations": [Expectation("nothing", not_null=True)]}, "does not have"),
         ({"event_id": "nothing"}, "one of its fields"),
+        ({"fields": {"amount": "float64", "ids": "list<string>"}, "event_id": "ids"}, "known by one value"),
         ({"source": "somewhere"}, "is not known"),
         ({"buckets": 0}, "1 to 4096"),
     ],
