@@ -78,7 +78,7 @@ class OnlineFeatures:
         floats has no place in the array: take `to_arrow` then.
         """
         whole = self._whole
-        return _as_matrix(self.to_arrow().select(self.names)) if whole is None else whole
+        return _as_matrix(self._columns) if whole is None else whole
 
     @cached_property
     def _whole(self) -> np.ndarray | None:
@@ -230,10 +230,8 @@ def _decode(
         from mlfuncs_featurestore.stream_windows import EntityEvents
 
         found = EntityEvents(read.view, read.codec, rows).evaluate(read.features, at_us)
-        return {
-            name: (array, _with_nulls(found.status, array), np.where(found.status == _NOT_FOUND, 0, found.event_us))
-            for name, array in found.columns.items()
-        }
+        event_us = np.where(found.status == _NOT_FOUND, 0, found.event_us)
+        return {name: (array, _with_nulls(found.status, array), event_us) for name, array in found.columns.items()}
     columns = read.codec.decode_columns(due_rows(rows, at_us), read.features)
     expired = np.zeros(len(rows), bool)
     if read.view.ttl_us is not None:
@@ -251,6 +249,8 @@ def _decode(
 
 
 def _with_nulls(status: np.ndarray, array: pa.Array) -> np.ndarray:
+    if not array.null_count:
+        return status
     missing = array.is_null().to_numpy(zero_copy_only=False)
     return np.where((status == _PRESENT) & missing, _NULL, status).astype(np.uint8)
 
@@ -259,27 +259,35 @@ def _listed(column: Any) -> list[Any]:
     return column.tolist() if hasattr(column, "tolist") else list(column)
 
 
-def _as_matrix(table: pa.Table) -> np.ndarray:
+def _as_matrix(columns: Mapping[str, pa.Array]) -> np.ndarray:
     import pyarrow as pa
-    import pyarrow.compute as pc
 
-    columns = [table[name].combine_chunks() for name in table.column_names]
-    for name, array in zip(table.column_names, columns, strict=True):
+    for name, array in columns.items():
         kind = array.type
         if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
             raise InvalidInput(f"{name!r} is {kind}, which a number array cannot hold; take to_arrow() or to_dict()")
-    dtype = np.result_type(*(array.type.to_pandas_dtype() for array in columns))
-    result = np.empty((table.num_rows, len(columns)), dtype)
-    for place, (name, array) in enumerate(zip(table.column_names, columns, strict=True)):
-        if array.null_count and dtype.kind != "f":
-            raise InvalidInput(
-                f"{name!r} has missing values, which {dtype} cannot hold; take to_arrow() or to_pandas()"
-            )
-        if pa.types.is_int64(array.type) and dtype.kind == "f" and array.null_count < len(array):
-            extremes = pc.min_max(array)
-            if max(abs(extremes["min"].as_py()), abs(extremes["max"].as_py())) > _EXACT:
-                raise InvalidInput(f"{name!r} holds integers beyond 2**53, which {dtype} would round; take to_arrow()")
-        if pa.types.is_boolean(array.type):
-            array = array.cast(pa.int8())
-        result[:, place] = array.cast(pa.from_numpy_dtype(dtype), safe=False).to_numpy(zero_copy_only=False)
+    dtype = np.result_type(*{array.type.to_pandas_dtype() for array in columns.values()})
+    result = np.empty((len(next(iter(columns.values()))), len(columns)), dtype)
+    for place, (name, array) in enumerate(columns.items()):
+        _fill(name, array, result[:, place])
     return result
+
+
+def _fill(name: str, array: pa.Array, column: np.ndarray) -> None:
+    """Put the numbers of `array` into a column of the common type. Raises InvalidInput for what it cannot hold."""
+    import pyarrow as pa
+
+    is_float = column.dtype.kind == "f"
+    if not array.null_count:
+        values = array.to_numpy(zero_copy_only=False)
+    elif not is_float:
+        raise InvalidInput(
+            f"{name!r} has missing values, which {column.dtype} cannot hold; take to_arrow() or to_pandas()"
+        )
+    else:
+        values = array.fill_null(False if pa.types.is_boolean(array.type) else 0).to_numpy(zero_copy_only=False)
+    if is_float and values.dtype == np.int64 and len(values) and not -_EXACT <= values.min() <= values.max() <= _EXACT:
+        raise InvalidInput(f"{name!r} holds integers beyond 2**53, which {column.dtype} would round; take to_arrow()")
+    column[:] = values
+    if array.null_count:
+        column[array.is_null().to_numpy(zero_copy_only=False)] = np.nan

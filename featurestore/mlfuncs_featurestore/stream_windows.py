@@ -88,20 +88,32 @@ def read_value(value: bytes) -> tuple[int, list[bytes]]:
 
 
 def _stack(codec: RowCodec, values: Sequence[bytes | None]) -> tuple[list[int], np.ndarray] | None:
-    """The values' rows as one array of bytes and how many each has; None unless all are of this codec's fixed size."""
-    size = codec.fixed_size
-    parts, counts = [], []
+    """How many rows each value has, and their records as one array of bytes (rows, 4 + fixed size).
+
+    None unless all rows are of this codec's fixed size.
+    """
+    size = codec.fixed_size + 4
+    counts, parts = [], []
     for value in values:
-        count, rest = (0, 0) if value is None else divmod(len(value) - STATE.size, size + 4)
+        count, rest = (0, 0) if value is None else divmod(len(value) - STATE.size, size)
         counts.append(count)
         if value is None:
             continue
         if rest or value[:4] != MAGIC:
             return None
-        parts.append(np.frombuffer(value, np.uint8, offset=STATE.size).reshape(count, size + 4))
-    whole = np.concatenate(parts) if parts else np.empty((0, size + 4), np.uint8)
-    wanted = np.frombuffer(_LENGTH.pack(size) + codec.layout.to_bytes(4, "little"), np.uint8)
-    return (counts, whole[:, 4:]) if (whole[:, :8] == wanted).all() else None
+        parts.append(value)
+    if len(parts) == 1:
+        records = np.frombuffer(parts[0], np.uint8, offset=STATE.size).reshape(-1, size)
+    else:
+        records = np.frombuffer(b"".join([part[STATE.size :] for part in parts]), np.uint8).reshape(-1, size)
+    wanted = int.from_bytes(_LENGTH.pack(size - 4) + codec.layout.to_bytes(4, "little"), "little")
+    return (counts, records) if (_cut(records, 0, "<u8") == np.uint64(wanted)).all() else None
+
+
+def _cut(records: np.ndarray, offset: int, kind: str) -> np.ndarray:
+    """The values of one numpy type that lie at byte `offset` of each record."""
+    count, size = records.shape
+    return np.ascontiguousarray(np.ndarray(count, kind, records, offset, size)) if count else np.empty(0, kind)
 
 
 class EntityEvents:
@@ -110,46 +122,55 @@ class EntityEvents:
     def __init__(self, view: FeatureView, codec: RowCodec, values: Sequence[bytes | None], aware: bool = True) -> None:
         self.view, self.codec, self.count = view, codec, len(values)
         self.horizon = np.array([NEVER if one is None else STATE.unpack_from(one)[1] for one in values], np.int64)
-        stacked = _stack(codec, values)
+        self._aware = aware and bool(view.created_timestamp)
+        stacked, self._records = _stack(codec, values), None
         if stacked is None:
             parsed = [[] if value is None else read_value(value)[1] for value in values]
             counts, rows = [len(mine) for mine in parsed], [row for mine in parsed for row in mine]
-            heads = b"".join([row[: HEADER.size] for row in rows])
+            heads, at = np.frombuffer(b"".join([row[: HEADER.size] for row in rows]), np.uint8), 0
+            heads = heads.reshape(-1, HEADER.size)
         else:
-            counts, matrix = stacked
-            heads = np.ascontiguousarray(matrix[:, : HEADER.size]).tobytes()
-        ids = np.repeat(np.arange(self.count), counts).astype(np.int64)
-        head = np.frombuffer(heads, np.dtype("<u4,<i8,<i8,<i8,u1"))
-        event, created, sequence = (np.ascontiguousarray(head[name]) for name in ("f1", "f2", "f3"))
-        order, _ = asof_kernels.group_events(ids, self.count, event, created, sequence)
-        order = _without_repeats(order, ids, event, created, sequence)
-        self.ids, self.event_us = ids[order], event[order]
-        self.created_us, self.sequence = created[order], sequence[order]
-        self.deleted = (head["f4"][order] & DELETED) != 0
-        self._matrix = None if stacked is None else matrix[order]
-        if stacked is None:
-            self.rows = [rows[place] for place in order.tolist()]
-        self.starts = np.searchsorted(self.ids, np.arange(self.count + 1)).astype(np.int64)
-        self._aware = aware and bool(view.created_timestamp)
+            (counts, heads), at = stacked, _LENGTH.size
+        self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        stamps = [_cut(heads, at + place, "<i8") for place in (4, 12, 20)]
+        flags = _cut(heads, at + HEADER.size - 1, "u1")
+        order = _order(self.starts, *stamps)
+        if order is not None:
+            ids = self.ids[order]
+            self.starts = np.searchsorted(ids, np.arange(self.count + 1)).astype(np.int64)
+            stamps, flags = [one[order] for one in stamps], flags[order]
+        self.event_us, self.created_us, self.sequence = stamps
+        self.deleted = (flags & DELETED) != 0
+        if stacked is not None:
+            self._records = heads if order is None else heads[order]
+        else:
+            self.rows = rows if order is None else [rows[place] for place in order.tolist()]
+
+    @property
+    def ids(self) -> np.ndarray:
+        """The number of each event's entity."""
+        return np.repeat(np.arange(self.count), np.diff(self.starts))
 
     @cached_property
     def rows(self) -> list[bytes]:
-        """The packed rows, in order; cut from the matrix when they are first needed."""
-        assert self._matrix is not None
-        whole, size = self._matrix.tobytes(), self.codec.fixed_size
-        return [whole[start : start + size] for start in range(0, len(whole), size)]
+        """The packed rows, in order; cut from the records when they are first needed."""
+        assert self._records is not None
+        whole, size = self._records.tobytes(), self.codec.fixed_size + _LENGTH.size
+        return [whole[start + _LENGTH.size : start + size] for start in range(0, len(whole), size)]
+
+    def _row(self, place: int) -> bytes:
+        """One of `rows`, without cutting the others."""
+        return self.rows[place] if self._records is None else self._records[place, _LENGTH.size :].tobytes()
 
     @cached_property
     def grouped(self) -> Events:
         """As the window kernels take them: when each event counts from and until (see `asof`)."""
         known = np.maximum(self.event_us, self.created_us) if self._aware else self.event_us
-        until = np.full(len(self.ids), FOREVER)
-        if self.view.event_id:
-            written = self.created_us if self.view.created_timestamp else np.zeros_like(self.created_us)
-            versions = (self.ids, self._codes(), written, self.sequence)
-            until = replaced_at(versions, timed=self._aware)
-            known = np.where(self.deleted, FOREVER, known)
-        return Events(self.starts, self.event_us, known, until)
+        if not self.view.event_id:
+            return Events(self.starts, self.event_us, known)
+        written = self.created_us if self.view.created_timestamp else np.zeros_like(self.created_us)
+        until = replaced_at((self.ids, self._codes(), written, self.sequence), timed=self._aware)
+        return Events(self.starts, self.event_us, np.where(self.deleted, FOREVER, known), until)
 
     def _codes(self) -> np.ndarray:
         """A number per event id; -1 where it is null."""
@@ -159,10 +180,10 @@ class EntityEvents:
 
     def _column(self, name: str, with_deleted: bool = False) -> pa.Array:
         kind, slot = self.view.fields[name], self.codec.slots[name]
-        if self._matrix is not None and kind.kind in _NUMPY:
-            states = (self._matrix[:, HEADER.size + slot.index // 4] >> (2 * (slot.index % 4))) & 3
-            part = np.ascontiguousarray(self._matrix[:, slot.position : slot.position + slot.width])
-            return to_arrow(kind, part.view(_NUMPY[kind.kind]).reshape(-1), states)
+        if self._records is not None and kind.kind in _NUMPY:
+            at = _LENGTH.size
+            states = (self._records[:, at + HEADER.size + slot.index // 4] >> (2 * (slot.index % 4))) & 3
+            return to_arrow(kind, _cut(self._records, at + slot.position, _NUMPY[kind.kind]), states)
         rows: Sequence[bytes] = self.rows
         if with_deleted:  # a delete says which event it means: read its row as if it were none
             rows = [row[: HEADER.size - 1] + b"\0" + row[HEADER.size :] for row in rows]
@@ -171,8 +192,12 @@ class EntityEvents:
 
     def last(self, at_us: int) -> np.ndarray:
         """Per entity, the place of the last event that counts at `at_us`, -1 without one."""
+        if not self._aware and not self.view.event_id:
+            last = self.starts[1:] - 1
+            if not len(self.event_us) or self.event_us[last].max() <= at_us:  # none is of the future
+                return np.where(np.diff(self.starts) > 0, last, -1)
         index = np.empty(self.count, np.int64)
-        events, everything = self.grouped, np.ones(len(self.ids), np.uint8)
+        events, everything = self.grouped, np.ones(len(self.event_us), np.uint8)
         base = (events.starts, events.event_us, events.known_us, events.until_us, everything)
         moments = self._moments(at_us)
         ends(*base, moments.starts, moments.at_us, _ALWAYS, LAST, index)
@@ -183,7 +208,7 @@ class EntityEvents:
         if not self.view.event_id or not (self.horizon > NEVER).any():
             return np.zeros(self.count, bool)
         last = self.last(at_us)
-        event_us = self.event_us[last] if len(self.ids) else np.zeros(self.count, np.int64)
+        event_us = self.event_us[last] if len(self.event_us) else np.zeros(self.count, np.int64)
         return (self.horizon > NEVER) & ((last < 0) | (event_us < self.horizon))
 
     def _moments(self, at_us: int) -> Moments:
@@ -192,7 +217,7 @@ class EntityEvents:
     def evaluate(self, features: Sequence[str], at_us: int) -> Evaluated:
         """Stored and computed `features` of every entity as of `at_us`."""
         view, last = self.view, self.last(at_us)
-        event_us = self.event_us[last] if len(self.ids) else np.zeros(self.count, np.int64)
+        event_us = self.event_us[last] if len(self.event_us) else np.zeros(self.count, np.int64)
         status = np.where(last < 0, NOT_FOUND, PRESENT).astype(np.uint8)
         if view.ttl_us is not None:
             status[(last >= 0) & (event_us < at_us - view.ttl_us)] = EXPIRED
@@ -200,15 +225,18 @@ class EntityEvents:
         stored = [name for name in features if name in view.fields]
         columns: dict[str, pa.Array] = {}
         if stored:
-            rows = [None if missing else self.rows[place] for place, missing in zip(last.tolist(), gone, strict=True)]
+            rows = [None if missing else self._row(place) for place, missing in zip(last.tolist(), gone, strict=True)]
             found = self.codec.decode_columns(rows, stored)
             columns = {name: to_arrow(view.fields[name], found.values[name], found.states[name]) for name in stored}
         wanted = [view.aggregates[name] for name in features if name in view.aggregates]
         if wanted:
             inputs = {name: self._column(name) for name in {one.column for one in wanted}}
+            lengths = {one.window_us for one in wanted}
+            unknown = {length: gone | (self.horizon > at_us - length) for length in lengths}
+            lost = {length: mask for length, mask in unknown.items() if mask.any()}
             for name, array in aggregate(wanted, self.grouped, inputs, self._moments(at_us)).items():
-                unknown = gone | (self.horizon > at_us - view.aggregates[name].window_us)
-                columns[name] = pc.if_else(pa.array(unknown), pa.scalar(None, array.type), array)
+                length = view.aggregates[name].window_us
+                columns[name] = _without(array, lost[length]) if length in lost else array
         return Evaluated(status, event_us, {name: columns[name] for name in features})
 
     def compacted(self, entity: int, now_us: int) -> bytes:
@@ -238,6 +266,23 @@ class EntityEvents:
 def longest_window(view: FeatureView) -> int:
     """The length in microseconds of the view's longest window; 0 without aggregations."""
     return max((one.window_us for one in view.aggregates.values()), default=0)
+
+
+def _without(array: pa.Array, unknown: np.ndarray) -> pa.Array:
+    """`array` with null where `unknown`."""
+    return pc.if_else(pa.array(unknown), pa.scalar(None, array.type), array)
+
+
+def _order(starts: np.ndarray, event: np.ndarray, created: np.ndarray, sequence: np.ndarray) -> np.ndarray | None:
+    """Places of the events in event order, each once; None when they lie so."""
+    rises = event[1:] > event[:-1]
+    firsts = starts[1:-1]
+    rises[firsts[(firsts > 0) & (firsts < len(event))] - 1] = True
+    if rises.all():
+        return None
+    ids = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
+    order, _ = asof_kernels.group_events(ids, len(starts) - 1, event, created, sequence)
+    return _without_repeats(order, ids, event, created, sequence)
 
 
 def _without_repeats(
