@@ -227,6 +227,19 @@ def test_one_function_twice_is_refused(functions, settings):
         assemble(functions("double", "double"), MemoryBuilder().base(print), settings)
 
 
+def test_a_context_is_the_same_whenever_it_is_written_and_expands_no_variables(functions, settings, tmp_path):
+    image = assemble(functions("negate"), MemoryBuilder().base(print), settings)
+    image = dataclasses.replace(image, environ={"KEY": "a$HOME\\é"}, labels={"of": '"$x"'})
+    sizes = [write_context(image, str(tmp_path / name)) for name in ("one.tgz", "two.tgz")]
+    one, two = ((tmp_path / name).read_bytes() for name in ("one.tgz", "two.tgz"))
+    assert one == two and sizes == [len(one)] * 2
+    with tarfile.open(tmp_path / "one.tgz") as archive:
+        text = archive.extractfile("Dockerfile").read().decode()
+        assert 'ENV KEY="a\\$HOME\\\\é"\n' in text and 'LABEL of="\\"\\$x\\""' in text
+        names = archive.getnames()
+    assert names == ["Dockerfile", *(f"{layer.digest}.tar" for layer in image.layers)]
+
+
 def test_a_context_for_an_unknown_scheme_is_refused(functions, settings):
     image = assemble(functions("negate"), MemoryBuilder().base(print), settings)
     with pytest.raises(StorageError, match="nosuch"):
