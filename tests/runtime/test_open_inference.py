@@ -25,7 +25,7 @@ from mlfuncs.errors import InvalidInput
 from mlfuncs.interface.hints import unaliased
 from mlfuncs_runtime.worker.asgi import make_app
 from mlfuncs_runtime.worker.invocation import AppOptions
-from mlfuncs_runtime.worker.open_inference import TensorHint, tensor_hint, to_outputs
+from mlfuncs_runtime.worker.tensor_values import TensorHint, tensor_hint, to_outputs
 from mlfuncs_runtime.worker.tensors import parse_request
 from tests.runtime.test_asgi_app import Answer, ask
 
@@ -274,6 +274,33 @@ def endless(n: int) -> Iterator[int]:
         yield n
 
 
+def shout(words: npt.NDArray[np.str_]) -> npt.NDArray[np.str_]:
+    assert words.dtype.kind == "U"
+    return np.char.upper(words)
+
+
+def turn(words: npt.NDArray[np.bytes_]) -> npt.NDArray[np.bytes_]:
+    assert words.dtype.kind == "S"
+    return words[::-1]
+
+
+@pytest.mark.parametrize(
+    ("target", "sent", "given"), [(shout, [b"a", "ü".encode()], ["A", "Ü"]), (turn, [b"\xff", b"b"], ["b", "\ufffd"])]
+)
+def test_arrays_of_text_and_bytes_come_and_go_as_bytes_tensors(
+    target: Any, sent: list[bytes], given: list[str]
+) -> None:
+    raw = b"".join(struct.pack("<I", len(word)) + word for word in sent)
+    tensor = {"name": "words", "datatype": "BYTES", "shape": [2], "parameters": {"binary_data_size": len(raw)}}
+    head = json.dumps({"inputs": [tensor]}).encode()
+    headers = {"inference-header-content-length": str(len(head))}
+    answer = ask(target, head + raw, AppOptions(name="demo"), path="/v2/models/demo/infer", headers=headers)
+    (output,) = answer.json["outputs"]
+    assert (output["datatype"], output["shape"], output["data"]) == ("BYTES", [2], given)
+    metadata = ask(target, None, AppOptions(name="demo"), method="GET", path="/v2/models/demo").json
+    assert [tensor["datatype"] for tensor in (*metadata["inputs"], *metadata["outputs"])] == ["BYTES", "BYTES"]
+
+
 def infer(target: Any, *inputs: tuple[str, str, list[Any]], options: AppOptions | None = None) -> Answer:
     tensors = [{"name": n, "datatype": kind, "shape": [len(data)], "data": data} for n, kind, data in inputs]
     return ask(target, {"inputs": tensors}, options or AppOptions(name="demo"), path="/v2/models/demo/infer")
@@ -300,6 +327,8 @@ def test_objects_come_as_json_text_alone_or_beside_tensors() -> None:
         (search, [], "query"),
         (search_near, [("query", "BYTES", ['{"words": []}'])], "place"),
         (total, [("x", "BYTES", ["a"])], "numbers or booleans"),
+        (shout, [("words", "INT64", [1])], "array of text"),
+        (turn, [("words", "FP64", [1.0])], "array of bytes"),
         (count_up, [("n", "INT64", [1]), ("n", "INT64", [2])], "came twice"),
     ],
 )
