@@ -12,6 +12,7 @@ from mlfuncs.settings import read_settings
 from mlfuncs_runtime.docker.engine import DockerEngine
 from mlfuncs_runtime.docker.launch import home_mark
 from mlfuncs_runtime.docker.replica import HOME_LABEL
+from mlfuncs_runtime.supervisor.places import find_places
 
 pytestmark = pytest.mark.slow
 SOURCE = """
@@ -27,6 +28,16 @@ SOURCE = """
     @ml.function(requirements=[], scale=ONE)
     def ask(x: float, other: str = "double") -> float:
         return 1 + ml.endpoint(other).invoke(x=x)
+
+    @ml.function(requirements=[])
+    def look(x: float) -> dict[str, object]:
+        with open("/proc/1/environ") as file:  # what the container's description says
+            description = file.read()
+        return {
+            "answer": ml.endpoint("double").invoke(x=x),
+            "lent": os.listdir("/run/mlfuncs"),
+            "told": [word for word in ("callers-token", "MLFUNCS_TOKEN") if word in description],
+        }
 
     @ml.function(requirements=[], scale=ONE)
     def about() -> str:
@@ -70,6 +81,14 @@ def test_a_container_calls_another_endpoint_whatever_it_runs_on(functions, monke
         for found in engine.containers({HOME_LABEL: home_mark(read_settings())})
     ]
     assert len(inspected) == 2 and "callers-token" not in json.dumps(inspected)
+
+
+def test_a_run_in_a_container_calls_an_endpoint_and_tells_nobody_the_token(functions, monkeypatch):
+    monkeypatch.setenv("MLFUNCS_TOKEN", "callers-token")
+    functions("double").deploy(target="process")
+    run = functions("look").run(target="docker", x=4.0)
+    assert run.output == {"answer": 8.0, "lent": ["router.sock"], "told": []}
+    assert not list(find_places(read_settings()).sockets.glob("run-*"))
 
 
 def test_a_container_without_features_is_lent_the_router_alone(functions):

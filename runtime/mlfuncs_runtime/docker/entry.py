@@ -56,13 +56,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_job() -> int:
     """Execute tasks as an isolated run's interpreter does; what runs print, on either descriptor, is output.
 
-    The first line of standard input has the secrets' values.
+    The first line of standard input has the secrets' values and the settings.
     """
     from pathlib import Path
 
     from mlfuncs_runtime.docker.inside import keep_secrets
 
-    keep_secrets(read_order().get("secrets") or {}, Path(SECRETS_DIR))
+    order = read_order()
+    os.environ.update(order["environ"])
+    keep_secrets(order["secrets"], Path(SECRETS_DIR))
     answers = os.dup(2)
     os.dup2(1, 2)
     sys.argv[1:] = [str(answers)]

@@ -3,9 +3,10 @@
     python -m mlfuncs_runtime.docker.job PLAN ANSWER_FD
 
 PLAN is JSON: {"image": name, "resources": {...}, "secrets": [names]}. Tasks come on standard input and go to the
-container's, after one line with the secrets, which are files in memory there; its output is ours, its answers go to
-ANSWER_FD. The home is shared with the container under the same path: journal, artifacts and bundles are one. The
-container runs as the user that owns the home, without any capability, on a read-only file system.
+container's, after one line with the settings and the secrets, which are files in memory there; its output is ours, its
+answers go to ANSWER_FD. The home is shared with the container under the same path: journal, artifacts and bundles are
+one; and, as a replica's, a directory with a way to the router. The container runs as the user that owns the home,
+without any capability, on a read-only file system.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from mlfuncs.spec import FunctionSpec, Resources
 from mlfuncs_runtime.docker.container import HOME_LABEL, OWNER_LABEL, ContainerPlan, container_body
 from mlfuncs_runtime.docker.engine import DockerEngine, read_answer
 from mlfuncs_runtime.docker.entry import FORWARDED
+from mlfuncs_runtime.docker.lending import lend_router
+from mlfuncs_runtime.docker.relay import open_doors
 
 _UNSHARED = ("MLFUNCS_TRUSTED_KEYS", "MLFUNCS_SECRETS_DIR")
 _OWN_PLACES = frozenset({"environments", "images", "logs", "redis", "run", "warehouse"})
@@ -40,10 +43,11 @@ def job_command(bundle: str, spec: FunctionSpec, settings: Settings) -> list[str
     """The command of the process for runs of this function; its image is built when the engine lacks it."""
     from mlfuncs.serving.revision_config import RevisionConfig
     from mlfuncs_runtime.images.docker_builder import DockerBuilder
-    from mlfuncs_runtime.images.function_image import ImageFunction, assemble
+    from mlfuncs_runtime.images.function_image import ImageFunction, assemble, wished_base
 
     builder = DockerBuilder(settings)
-    image = assemble([ImageFunction(spec.name, bundle, RevisionConfig(spec))], builder.base(_say), settings)
+    made = [ImageFunction(spec.name, bundle, RevisionConfig(spec))]
+    image = assemble(made, builder.base(_say, wished_base(made, settings)), settings)
     reference = f"mlfuncs/{settings.project}-{spec.name}:run-{image.id.removeprefix('sha256:')[:12]}"
     if not builder.has(reference):
         builder.store(image, [reference])
@@ -69,20 +73,36 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(engine: DockerEngine, wanted: Mapping[str, Any], answer_to: int, signals: int) -> int:
     """Start the container, pass tasks, output, answers and signals on, and return its status."""
     from mlfuncs_runtime.docker.launch import home_mark
-    from mlfuncs_runtime.docker.replica import container_user, own_mark, remove_orphans
+    from mlfuncs_runtime.docker.replica import make_shared_folder, own_mark, remove_orphans, remove_shared_folder
+    from mlfuncs_runtime.supervisor.places import find_places
 
     settings = read_settings()
     remove_orphans(engine, home_mark(settings))
+    replica = f"run-{os.getpid()}"
+    folder = find_places(settings).sockets / f"{replica}.sock.d"
+    folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    user = make_shared_folder(folder)
+    lent = lend_router(settings)
+    open_doors(folder, lent.doors, user)
     plan = ContainerPlan(
         image=wanted["image"],
-        replica=f"run-{os.getpid()}",
-        folder=str(settings.home),
-        user="{}:{}".format(*container_user()),
+        replica=replica,
+        folder=str(folder),
+        user=user,
         resources=Resources(**wanted["resources"]),
-        environ=_environ(settings),
         labels={HOME_LABEL: home_mark(settings), OWNER_LABEL: own_mark()},
     )
-    name = str(engine.call("POST", "/containers/create", job_body(plan))["Id"])
+    try:
+        secrets = available_secrets(wanted["secrets"], settings)
+        order = {"secrets": secrets, "environ": _environ(settings) | lent.environ}
+        name = str(engine.call("POST", "/containers/create", job_body(plan, settings.home))["Id"])
+        return _see_through(engine, name, order, settings.home, (answer_to, signals))
+    finally:
+        remove_shared_folder(folder)
+
+
+def _see_through(engine: DockerEngine, name: str, order: Mapping[str, Any], home: Path, ends: tuple[int, int]) -> int:
+    """Start the container and pass on until it ends; its status. `ends`: where answers go, where signals come from."""
     try:
         with (
             engine.attach(name) as streams,
@@ -90,20 +110,19 @@ def run(engine: DockerEngine, wanted: Mapping[str, Any], answer_to: int, signals
         ):
             ended.settimeout(None)
             engine.call("POST", f"/containers/{name}/start")
-            secrets = available_secrets(wanted["secrets"], settings)
-            streams.sendall(json.dumps({"secrets": secrets}).encode() + b"\n")
-            _pass_on(engine, name, settings.home, streams, answer_to, signals)
+            streams.sendall(json.dumps(order).encode() + b"\n")
+            _pass_on(engine, name, home, streams, *ends)
             return int(read_answer(ended, "wait")["StatusCode"])
     except BaseException:
         engine.remove(name)
         raise
 
 
-def job_body(plan: ContainerPlan) -> dict[str, Any]:
-    """The body that creates the container: as a replica's, with the home instead of a socket's directory."""
+def job_body(plan: ContainerPlan, home: Path) -> dict[str, Any]:
+    """The body that creates the container: as a replica's, with the home beside the directory of the sockets."""
     body = container_body(plan)
     body["Cmd"] = ["--job"]
-    body["HostConfig"]["Mounts"] = [{"Type": "bind", "Source": plan.folder, "Target": plan.folder}]
+    body["HostConfig"]["Mounts"].append({"Type": "bind", "Source": str(home), "Target": str(home)})
     return body
 
 

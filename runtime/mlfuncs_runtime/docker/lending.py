@@ -35,15 +35,20 @@ class Lent:
     documents: list[Any] = field(default_factory=list)
 
 
+def lend_router(settings: Settings) -> Lent:
+    """What calls to other endpoints need: the home's router, and the token that it asks for."""
+    environ = {CALL_URL: f"{unix_url(f'{INSIDE}/{ROUTER}')}/{{name}}"}
+    if settings.token:
+        environ["MLFUNCS_TOKEN"] = settings.token
+    return Lent(environ, {ROUTER: lambda: connect_to_router(settings)})
+
+
 def lend(config: Mapping[str, Any], settings: Settings, folder: Path) -> Lent:
     """What the replica of this WorkerConfig needs; code that its features use is copied to `folder`.
 
     Raises SpecError when its features are on a Redis that a container cannot reach.
     """
-    environ = {CALL_URL: f"{unix_url(f'{INSIDE}/{ROUTER}')}/{{name}}"}
-    if settings.token:
-        environ["MLFUNCS_TOKEN"] = settings.token
-    lent = Lent(environ, {ROUTER: lambda: connect_to_router(settings)})
+    lent = lend_router(settings)
     if config.get("features"):
         _lend_features(lent, settings, folder)
     return lent

@@ -62,8 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         if problem := read_plain_file(folder / f"{Path(SOCKET).name}.error"):
             Path(f"{path}.error").write_bytes(problem)
-        shutil.rmtree(folder, ignore_errors=True)
-        owner_file(folder).unlink(missing_ok=True)
+        remove_shared_folder(folder)
 
 
 class Replica:
@@ -97,17 +96,9 @@ class Replica:
 
     def _prepare(self, path: str) -> str:
         """The directory that is shared with the container; the user to run as."""
-        remove_stale_folders(self._folder.parent)
         with suppress(FileNotFoundError):
             os.unlink(path)
-        owner_file(self._folder).write_text(
-            own_mark(), encoding="ascii"
-        )  # before the folder, which is stale without it
-        self._folder.mkdir(mode=0o700, exist_ok=True)
-        uid, gid = container_user()
-        if os.getuid() != uid:
-            os.chown(self._folder, uid, gid)
-        return f"{uid}:{gid}"
+        return make_shared_folder(self._folder)
 
     def _create(self, user: str) -> str:
         plan = ContainerPlan(
@@ -144,6 +135,23 @@ class Replica:
                     return
                 text, buffer = frames(buffer + part)
                 os.write(1, text)
+
+
+def make_shared_folder(folder: Path) -> str:
+    """Make a directory that a container shares, after those that a crash left; "uid:gid" of the user to run as."""
+    remove_stale_folders(folder.parent)
+    owner_file(folder).write_text(own_mark(), encoding="ascii")  # before the folder, which is stale without it
+    folder.mkdir(mode=0o700, exist_ok=True)
+    uid, gid = container_user()
+    if os.getuid() != uid:
+        os.chown(folder, uid, gid)
+    return f"{uid}:{gid}"
+
+
+def remove_shared_folder(folder: Path) -> None:
+    """Remove what `make_shared_folder` made."""
+    shutil.rmtree(folder, ignore_errors=True)
+    owner_file(folder).unlink(missing_ok=True)
 
 
 def container_user() -> tuple[int, int]:
