@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, cast
 
 from mlfuncs.errors import MlfuncsError, Unavailable
 from mlfuncs_runtime.router.core import Core
+from mlfuncs_runtime.router.entrance import plan_of
 from mlfuncs_runtime.router.http import RequestHead, answer, problem, problem_of
-from mlfuncs_runtime.router.pages import answer_page
 from mlfuncs_runtime.router.reader import RequestReader
 from mlfuncs_runtime.router.request import Plan, Request
 
@@ -153,7 +153,9 @@ class Client(RequestReader):
     def _take_up(self, request: Request, key: bytes) -> None:
         self.core.identify(request)
         try:
-            plan = self.core.route(request, self)
+            plan = plan_of(self.core, request, self)
+            if plan is not None:
+                self.core.follow(request, plan)
         except MlfuncsError as exc:
             self._reply_error(request, exc)
             return
@@ -226,10 +228,6 @@ class Client(RequestReader):
         self.tunnelled = request.upstream
         self.due_s = _NEVER
 
-    def platform(self, request: Request, path: bytes) -> None:
-        """Answer a request for the platform's own pages."""
-        answer_page(self, request, path)
-
     def _refuse_current(self, request: Request, status: int, detail: str) -> None:
         """The body of the request being answered went wrong."""
         if request.head_sent or request.done:
@@ -255,7 +253,7 @@ class Client(RequestReader):
             self.transport.abort()
             return
         error = Unavailable(f"the router holds {limit} connections, which is its bound; try again later", 1.0)
-        request_id = core.new_id()
+        request_id = core.ids.request_id()
         status, body, extra = problem_of(error, request_id)
         extra += b"X-Request-Id: %s\r\n" % request_id
         self.transport.write(answer(status, body, _PROBLEM, extra, close=True))

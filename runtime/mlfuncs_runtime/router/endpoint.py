@@ -3,80 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
-from collections import OrderedDict
 from collections.abc import Mapping
 from random import random
 from typing import TYPE_CHECKING
 
-from mlfuncs.errors import DeadlineExceeded, MlfuncsError, NotFound, Overloaded, Unavailable
+from mlfuncs.errors import NotFound, Unavailable
 from mlfuncs_runtime.router.access import TokenBucket
-from mlfuncs_runtime.router.meter import LoadMeter, RequestCounts
+from mlfuncs_runtime.router.access_log import log_access
 from mlfuncs_runtime.router.mirror import Mirror
+from mlfuncs_runtime.router.refusals import BadGateway, broken, no_traffic, queue_full
+from mlfuncs_runtime.router.replica import ReplicaState, RevisionState
 from mlfuncs_runtime.router.request import Request
 from mlfuncs_runtime.router.split import Split, choose_replica
 from mlfuncs_runtime.router.upstream import Upstream
-from mlfuncs_runtime.routes import Replica, Route
+from mlfuncs_runtime.routes import Route
 
 if TYPE_CHECKING:
     from mlfuncs_runtime.router.core import Core
 
-IDLE_PER_REPLICA = 256  # connections kept open to one worker; a guess
 _ATTEMPTS = 8  # times one request is sent anew after connections that never read it; a guess
 _DOWN_S = (0.02, 1.0)  # first and longest pause after a worker's socket refused a connection; a guess
-
-
-class ReplicaState:
-    """One worker: requests in flight there, and idle connections to it."""
-
-    __slots__ = ("failures", "idle", "in_flight", "is_gone", "replica", "revision", "shapes", "waiters")
-
-    def __init__(self, replica: Replica, revision: RevisionState) -> None:
-        self.replica, self.revision = replica, revision
-        self.in_flight = self.failures = 0
-        self.idle: list[Upstream] = []
-        self.shapes: dict[bytes, tuple[int, int]] = {}  # an answer's head without its id -> (status, body length)
-        self.is_gone = False
-        self.waiters: list[asyncio.Future[None]] = []
-
-    def park(self, upstream: Upstream) -> None:
-        """Keep an idle connection for later."""
-        if self.is_gone or len(self.idle) >= IDLE_PER_REPLICA:
-            upstream.transport.close()
-        else:
-            self.idle.append(upstream)
-
-    def forget(self, upstream: Upstream) -> None:
-        """Never use this connection again."""
-        if upstream in self.idle:
-            self.idle.remove(upstream)
-
-    def tell_waiters(self) -> None:
-        """Nothing is in flight any more: go on, whoever waits for that."""
-        for waiter in self.waiters:
-            if not waiter.done():
-                waiter.set_result(None)
-        self.waiters.clear()
-
-    def remove(self) -> None:
-        """The worker takes no new requests; those in flight finish."""
-        self.is_gone = True
-        for upstream in self.idle:
-            upstream.transport.close()
-        self.idle.clear()
-
-
-class RevisionState:
-    """One revision of an endpoint: replicas that answer now, and requests that wait for one."""
-
-    def __init__(self, name: str, now_s: float) -> None:
-        self.name = name
-        self.concurrency = 0  # requests at once per replica; 0: no limit
-        self.replicas: list[ReplicaState] = []
-        self.queue: OrderedDict[Request, None] = OrderedDict()
-        self.meter = LoadMeter(now_s)
-        self.counts = RequestCounts()
 
 
 class Endpoint:
@@ -122,9 +69,9 @@ class Endpoint:
         self._tidy(route)
         for revision in self.revisions.values():
             self.pump(revision)
-            if revision.queue and (broken := self._broken(revision)):
+            if revision.queue and (error := broken(self, revision)):
                 for request in list(revision.queue):
-                    self.core.fail(request, broken)
+                    self.core.fail(request, error)
 
     def revision(self, name: str) -> RevisionState:
         """The revision's state, made when it is new."""
@@ -159,7 +106,7 @@ class Endpoint:
         try:
             chosen = self.revision(self.split.next())
         except LookupError:
-            self.core.fail(request, self.no_traffic())
+            self.core.fail(request, no_traffic(self.name))
             return
         request.revision.meter.leave(now_s)
         request.revision = chosen
@@ -174,19 +121,15 @@ class Endpoint:
         for state in list(self.replicas.values()):
             self._drop(state)
 
-    def no_traffic(self) -> Unavailable:
-        """The error while no revision has traffic: the first one still loads, or could not."""
-        mend = f"see 'mlfuncs status' and 'mlfuncs logs {self.name}', and deploy again"
-        what = f"endpoint {self.name!r} has no revision that serves: its deploy failed or is under way"
-        return Unavailable(f"{what}; {mend}", 2.0)
-
     # --- requests
 
-    def over_rate(self, wait_s: float) -> Overloaded:
-        """The error for a request that found the token bucket empty, counted."""
-        self.reject("rate")
-        rate = self.route.access.rate_per_s
-        return Overloaded(f"endpoint {self.name!r} takes {rate:g} requests per second; try again later", wait_s)
+    def next_revision(self) -> str:
+        """The revision of the next request, by the traffic's shares. Raises Unavailable when none has traffic."""
+        try:
+            return self.split.next()
+        except LookupError:
+            self.reject("no-traffic")
+            raise no_traffic(self.name) from None
 
     def reject(self, reason: str) -> None:
         """Count a request that was turned away."""
@@ -229,38 +172,19 @@ class Endpoint:
         if request.is_copy:
             self.core.fail(request, Unavailable("copies do not wait"))
             return
-        if not revision.replicas and (broken := self._broken(revision)):
+        if not revision.replicas and (error := broken(self, revision)):
             self.reject("broken")
-            self.core.fail(request, broken)
+            self.core.fail(request, error)
             return
         if self.queued >= limits.queue_size or self.queued_bytes + request.size > limits.queue_bytes:
             self.reject("queue")
-            what = f"{self.queued} requests ({self.queued_bytes} bytes) wait for endpoint {self.name!r} already"
-            error: MlfuncsError = Unavailable(f"{what}, which has no worker ready", self._retry_after_s())
-            if revision.replicas:
-                error = Overloaded(f"{what}; try again later", self._retry_after_s())
-            self.core.fail(request, error)
+            self.core.fail(request, queue_full(self, revision))
             return
         request.queued = True
         revision.queue[request] = None
         self.queued += 1
         self.queued_bytes += request.size
         self.core.wake(self.name, revision.name)
-
-    def _broken(self, revision: RevisionState) -> Unavailable | None:
-        """The error while a revision without workers waits to be started again after failing time and again."""
-        if revision.replicas or not (until_s := self.route.broken_until_s.get(revision.name)):
-            return None
-        wait_s = until_s - time.monotonic()
-        if wait_s <= 0:  # it is being tried
-            return None
-        what = f"{revision.name} of endpoint {self.name!r} does not start; 'mlfuncs logs {self.name}' says why"
-        return Unavailable(what, max(1.0, math.ceil(wait_s)))
-
-    def _retry_after_s(self) -> float:
-        """About how long the queue takes at the pace of this moment, between 1 and 30 s."""
-        busy = sum(replica.in_flight for replica in self.replicas.values())
-        return min(30.0, max(1.0, math.ceil(self.queued / (10 * max(1, busy)))))
 
     def _unqueue(self, request: Request) -> None:
         request.queued = False
@@ -307,7 +231,7 @@ class Endpoint:
             revision.replicas.remove(replica)
             pause_s = min(_DOWN_S[0] * 2**replica.failures, _DOWN_S[1])
             replica.failures += 1
-            self.core.call_later(pause_s, lambda: self._revive(replica))
+            asyncio.get_running_loop().call_later(pause_s, lambda: self._revive(replica))
         if not request.done and request.replica is replica:
             self._again(request)
 
@@ -339,13 +263,7 @@ class Endpoint:
             self.settle(request, time.monotonic())
             request.caller.aborted(request)
         else:
-            self.core.fail(request, _BadGateway(f"{reason}; the request may have been carried out"))
-
-    def expire(self, request: Request) -> None:
-        """The request's time is over."""
-        waited = "for a worker" if request.queued else "for the answer"
-        detail = f"endpoint {self.name!r}: {request.deadline_s - request.arrived_s:g} s were over, waiting {waited}"
-        self.core.fail(request, DeadlineExceeded(detail))
+            self.core.fail(request, BadGateway(f"{reason}; the request may have been carried out"))
 
     def settle(self, request: Request, now_s: float) -> None:
         """A request is over, however: free its place, and count it."""
@@ -364,7 +282,7 @@ class Endpoint:
         if not request.head_sent:
             core.active.pop(request, None)
         if core.logs_access and not request.is_copy:
-            core.log_access(request, now_s - request.arrived_s)
+            log_access(core, request, now_s - request.arrived_s)
         replica, request.replica = request.replica, None
         if core.spans is not None:
             core.spans.note(request, now_s, replica.replica.id if replica is not None else "")
@@ -383,13 +301,3 @@ class Endpoint:
     def in_flight(self) -> Mapping[str, int]:
         """Requests in flight by replica id."""
         return {key: state.in_flight for key, state in self.replicas.items()}
-
-
-class _BadGateway(MlfuncsError):
-    """A worker broke off; nobody knows how far the request came."""
-
-    status = 502
-
-    @property
-    def title(self) -> str:
-        return "BadGateway"

@@ -20,6 +20,10 @@ class Ids:
         self.spare: list[bytes] = []  # numbers that are ready; the fast path takes them from here
         self._count = itertools.count(int.from_bytes(os.urandom(4)) + 1)
 
+    def request_id(self) -> bytes:
+        """An id for a request that is refused before its head is understood."""
+        return self.prefix + self.number()
+
     def number(self) -> bytes:
         """16 hexadecimal digits, not all of them 0 and never given before.
 

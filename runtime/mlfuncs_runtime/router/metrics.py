@@ -18,8 +18,8 @@ from mlfuncs_runtime.worker.metrics import CONTENT_TYPE
 
 if TYPE_CHECKING:
     from mlfuncs_runtime.router.core import Core
-    from mlfuncs_runtime.router.endpoint import ReplicaState
     from mlfuncs_runtime.router.meter import RequestCounts
+    from mlfuncs_runtime.router.replica import ReplicaState
 
 __all__ = ["CONTENT_TYPE", "gather", "merge"]
 

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 
 from httptools import HttpParserCallbackError, HttpParserError, HttpParserUpgrade, HttpRequestParser
 
-from mlfuncs_runtime.router.core import Core, too_large
+from mlfuncs_runtime.router.core import Core
 from mlfuncs_runtime.router.http import HEAD_BYTES, HEADER_COUNT, BadRequest, RequestHead, given_id
+from mlfuncs_runtime.router.refusals import too_large
 from mlfuncs_runtime.router.request import Request
 
 _PIPELINED = 16  # requests read ahead on one connection; a guess
@@ -217,7 +218,7 @@ class RequestReader(asyncio.Protocol, ABC):
             headers = receiving.head.headers
         elif self._in_head:
             headers = self._headers
-        self._waiting.append((status, detail, given_id(headers) or self.core.new_id()))
+        self._waiting.append((status, detail, given_id(headers) or self.core.ids.request_id()))
 
     def let_body_flow(self, flow: bool) -> None:
         """Read on, or stop reading, so that the sender is held by its own socket."""

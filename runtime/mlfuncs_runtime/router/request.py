@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Protocol
 from mlfuncs_runtime.router.http import CRLF, RequestHead, decode_unreserved
 
 if TYPE_CHECKING:
-    from mlfuncs_runtime.router.endpoint import Endpoint, ReplicaState, RevisionState
+    from mlfuncs_runtime.router.endpoint import Endpoint
+    from mlfuncs_runtime.router.replica import ReplicaState, RevisionState
     from mlfuncs_runtime.router.upstream import Upstream
 
 IDEMPOTENT = frozenset((b"GET", b"HEAD", b"PUT", b"DELETE", b"OPTIONS", b"TRACE"))  # RFC 9110, 9.2.2

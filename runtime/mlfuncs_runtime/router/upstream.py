@@ -12,66 +12,28 @@ from typing import TYPE_CHECKING, cast
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 
+from mlfuncs_runtime.router.answer import CHUNKED, END, HOP, ID, LENGTH, AnswerReader
 from mlfuncs_runtime.router.http import CRLF
 from mlfuncs_runtime.router.request import IDEMPOTENT, Request, chunk
 
 if TYPE_CHECKING:
-    from mlfuncs_runtime.router.endpoint import ReplicaState
+    from mlfuncs_runtime.router.replica import ReplicaState
 
 _HEAD_BYTES = 65_536  # of an answer's head; a guess, four times what a client may send
 _SHAPES = 256  # heads that are recognised per worker
-_END = b"\r\n\r\n"
 _NOT_IN_HEADS = b"\0"  # stands for the request's id in a recognised head
-_LENGTH, _CHUNKED, _HOP, _ID = 1, 2, 4, 8
-_FLAGS = {
-    b"content-length": _LENGTH,
-    b"transfer-encoding": _CHUNKED,
-    b"x-request-id": _ID,
-    b"connection": _HOP,
-    b"keep-alive": _HOP,
-    b"proxy-connection": _HOP,
-    b"upgrade": _HOP,
-}
-_HOP_NAMES = frozenset(name for name, flag in _FLAGS.items() if flag == _HOP)
 
 
-class Upstream(asyncio.Protocol):
+class Upstream(AnswerReader):
     """One pooled connection to a replica."""
 
-    __slots__ = (
-        "_dechunk",
-        "_done",
-        "_excess",
-        "_flags",
-        "_informational",
-        "_is_fresh",
-        "_keeps",
-        "_length",
-        "_parser",
-        "_raw",
-        "_status",
-        "_unsent",
-        "_until_close",
-        "replica",
-        "request",
-        "transport",
-    )
+    __slots__ = ("replica", "request", "transport")
 
     def __init__(self, replica: ReplicaState) -> None:
+        super().__init__()
         self.replica = replica
         self.request: Request | None = None
         self.transport: asyncio.Transport
-        self._parser = HttpResponseParser(self)
-        self._is_fresh = False
-        self._reset()
-
-    def _reset(self) -> None:
-        """Forget the last answer; `_is_fresh` says that there is nothing to forget."""
-        self._is_fresh = True
-        self._raw = b""
-        self._flags = self._status = self._informational = self._length = 0
-        self._done = self._excess = self._keeps = self._until_close = self._unsent = False
-        self._dechunk: _Dechunker | None = None
 
     # --- requests out
 
@@ -117,31 +79,6 @@ class Upstream(asyncio.Protocol):
         if self.request is not None:
             self.request.caller.let_body_flow(True)
 
-    # --- the parser's callbacks
-
-    def on_message_begin(self) -> None:
-        if self._done:
-            self._excess = True
-        self._flags = 0
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        flag = _FLAGS.get(name.lower())
-        if flag:
-            self._flags |= flag
-            if flag == _LENGTH:
-                self._length = int(value)
-
-    def on_headers_complete(self) -> None:
-        self._status = self._parser.get_status_code()
-        self._keeps = self._parser.should_keep_alive()
-
-    def on_message_complete(self) -> None:
-        if 100 <= self._status < 200 and self._status != 101:
-            self._informational += 1
-            self._status = 0
-        else:
-            self._done = True
-
     # --- answers in
 
     def data_received(self, data: bytes) -> None:
@@ -151,7 +88,7 @@ class Upstream(asyncio.Protocol):
             self.transport.abort()
             return
         if self._is_fresh:
-            end = data.find(_END) + 4
+            end = data.find(END) + 4
             shape = self.replica.shapes.get(data[:end].replace(request.request_id, _NOT_IN_HEADS, 1))
             if shape is not None and len(data) == end + shape[1] and request.is_plain:
                 self._pass_whole(request, data, shape[0])
@@ -199,29 +136,29 @@ class Upstream(asyncio.Protocol):
     def _begin(self, request: Request, raw: bytes) -> bool:
         """Pass the head on, rewritten as far as it must be; False when the answer was refused instead."""
         for _ in range(self._informational):
-            raw = raw[raw.index(_END) + 4 :]
+            raw = raw[raw.index(END) + 4 :]
         status, flags = self._status, self._flags
         if status == 101:
             return self._begin_tunnel(request, raw)
         if request.head.method == b"HEAD":
-            if not raw.endswith(_END):
+            if not raw.endswith(END):
                 self._break("the worker answered HEAD with a body")
                 return False
             self._done, self._parser = True, HttpResponseParser(self)
-        elif not flags & (_LENGTH | _CHUNKED) and status not in (204, 304):
+        elif not flags & (LENGTH | CHUNKED) and status not in (204, 304):
             self._until_close = True
-        elif flags == _LENGTH | _ID and self._done and self._keeps and not self._informational:
+        elif flags == LENGTH | ID and self._done and self._keeps and not self._informational:
             self._remember(request, raw)
         if self._excess:
             self._break("the worker sent more than its answer")
             return False
         request.head_sent, request.status = True, status
-        request.endpoint.core.began(request)
+        request.endpoint.core.active.pop(request, None)  # no deadline holds any more
         extra = request.extra
-        if not flags & _ID:
+        if not flags & ID:
             extra = b"%sX-Request-Id: %s\r\n" % (extra, request.request_id)
         is_old = not (request.head.minor and raw.startswith(b"HTTP/1.1"))
-        if flags & _HOP or self._until_close or not request.caller.keeps_alive or is_old:
+        if flags & HOP or self._until_close or not request.caller.keeps_alive or is_old:
             raw = self._rewrite(request, raw, extra)
         elif extra:
             cut = raw.index(CRLF) + 2
@@ -236,24 +173,8 @@ class Upstream(asyncio.Protocol):
         shapes = self.replica.shapes
         if len(shapes) >= _SHAPES:
             shapes.clear()
-        key = raw[: raw.index(_END) + 4].replace(request.request_id, _NOT_IN_HEADS, 1)
+        key = raw[: raw.index(END) + 4].replace(request.request_id, _NOT_IN_HEADS, 1)
         shapes[key] = (self._status, self._length)
-
-    def _rewrite(self, request: Request, raw: bytes, extra: bytes) -> bytes:
-        end = raw.index(_END)
-        first, *lines = raw[:end].split(CRLF)
-        dropped = _HOP_NAMES
-        if not request.head.minor and self._flags & _CHUNKED:
-            dropped = _HOP_NAMES | {b"transfer-encoding"}
-            self._dechunk = _Dechunker()
-            self._until_close = True
-        kept = [line for line in lines if line.partition(b":")[0].lower() not in dropped]
-        if self._until_close or not request.caller.keeps_alive:
-            kept.append(b"Connection: close")
-        elif not request.head.minor:
-            kept.append(b"Connection: keep-alive")
-        body = self._dechunk.feed(raw) if self._dechunk is not None else raw[end + 4 :]
-        return b"%s\r\n%s%s\r\n\r\n%s" % (b"HTTP/1.1" + first[8:], extra, CRLF.join(kept), body)
 
     def _begin_tunnel(self, request: Request, raw: bytes) -> bool:
         if not request.head.websocket:
@@ -261,7 +182,7 @@ class Upstream(asyncio.Protocol):
             return False
         self._done = False
         request.head_sent, request.status = True, 101
-        request.endpoint.core.began(request)
+        request.endpoint.core.active.pop(request, None)  # no deadline holds any more
         request.caller.write(raw)
         request.caller.tunnel(request)
         return True
@@ -308,20 +229,3 @@ class Upstream(asyncio.Protocol):
         repeatable = request.head.method in IDEMPOTENT and request.attempts < 2
         again = silent and request.replayable and (unread or repeatable)
         request.endpoint.lost(request, "the worker ended before it answered", again=again)
-
-
-class _Dechunker:
-    """The plain body of a chunked answer, for HTTP/1.0 clients."""
-
-    def __init__(self) -> None:
-        self._pieces: list[bytes] = []
-        self._parser = HttpResponseParser(self)
-
-    def on_body(self, piece: bytes) -> None:
-        self._pieces.append(piece)
-
-    def feed(self, raw: bytes) -> bytes:
-        """The body bytes in the next bytes of the answer, which begin with its head."""
-        self._parser.feed_data(raw)
-        pieces, self._pieces = self._pieces, []
-        return b"".join(pieces)
