@@ -7,7 +7,7 @@ import html
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import pandas
@@ -69,13 +69,16 @@ def table_html(
     caption: str = "",
     best: Iterable[tuple[int, str]] = (),
 ) -> str:
-    """An HTML table; every value is escaped unless it is `Markup`. Numbers stand right, the `best` cells bold.
+    """An HTML table; every value is escaped unless it is `Markup`. Numbers and their heads stand right, `best` is bold.
 
     >>> "&lt;b&gt;" in table_html([{"name": "<b>"}], ["name"])
     True
     """
-    best = set(best)
-    head = "".join(f'<th style="{_CELL.format(align="left")}">{html.escape(str(c))}</th>' for c in columns)
+    best, rows = set(best), list(rows)
+    head = "".join(
+        f'<th style="{_CELL.format(align=_alignment(row.get(column) for row in rows))}">{html.escape(str(column))}</th>'
+        for column in columns
+    )
     body = "".join(
         "<tr>" + "".join(_cell(row.get(column), (number, column) in best) for column in columns) + "</tr>"
         for number, row in enumerate(rows)
@@ -85,16 +88,19 @@ def table_html(
 
 
 def card_html(title: str, state: str, facts: Mapping[str, Any], body: str = "") -> str:
-    """A titled box with a state and facts, one a line; facts that are None are left out. `body` is HTML below them."""
+    """A titled box with a state, when it has one, and facts, one a line; facts that are None are left out.
+
+    `body` is HTML below them.
+    """
     lines = "".join(
-        f'<tr><td style="color:#6e7781;padding:1px 12px 1px 0">{html.escape(name)}</td>'
+        f'<tr><td style="color:#6e7781;padding:1px 12px 1px 0;text-align:left">{html.escape(name)}</td>'
         f'<td style="text-align:left">{_as_html(value)}</td></tr>'
         for name, value in facts.items()
         if value is not None
     )
     return (
         '<div style="border:1px solid #d0d7de;border-radius:6px;padding:8px 12px;margin:4px 0;display:inline-block">'
-        f"<div><b>{html.escape(title)}</b> &nbsp;{state_markup(state).html}</div>"
+        f"<div><b>{html.escape(title)}</b>{f' &nbsp;{state_markup(state).html}' if state else ''}</div>"
         f'<table style="border-collapse:collapse;margin:4px 0">{lines}</table>{body}</div>'
     )
 
@@ -128,8 +134,7 @@ def rich_table(
     rows, best = list(rows), set(best)
     table = rich.table.Table(title=caption or None, box=rich.box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
     for column in columns:
-        numbers = [row.get(column) for row in rows]
-        table.add_column(str(column), justify="right" if any(map(_is_number, numbers)) else "left")
+        table.add_column(str(column), justify=_alignment(row.get(column) for row in rows))
     for number, row in enumerate(rows):
         cells = []
         for column in columns:
@@ -219,6 +224,10 @@ def _as_html(value: Any) -> str:
     if isinstance(value, str) and value in _STATES:
         return state_markup(value).html
     return html.escape(format_value(value))
+
+
+def _alignment(values: Iterable[Any]) -> Literal["left", "right"]:
+    return "right" if any(map(_is_number, values)) else "left"
 
 
 def _is_number(value: Any) -> bool:

@@ -26,7 +26,7 @@ def function_html(function: Function[Any, Any]) -> str:
         if field.name != "name" and getattr(spec, field.name) != _default(field)
     }
     name = getattr(target, "__name__", spec.name)
-    facts = {"signature": f"{name}{inspect.signature(target)}", **declared}
+    facts = {"signature": f"{name}{inspect.signature(target)}".replace("__main__.", ""), **declared}
     doc = "" if inspect.isclass(target) and target.__doc__ is None else inspect.getdoc(target) or ""
     return card_html(spec.name, function_kind(target), facts, fold_html("documentation", doc))
 
@@ -38,4 +38,8 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 def _shown(value: Any) -> str:
     if isinstance(value, tuple) and all(isinstance(item, str) for item in value):
         return ", ".join(value) or "none"
+    if dataclasses.is_dataclass(value):
+        said = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        usual = {field.name: _default(field) for field in dataclasses.fields(value)}
+        return ", ".join(f"{name}={one!r}" for name, one in said.items() if one != usual[name])
     return str(value)

@@ -137,7 +137,8 @@ class ClassificationMetrics:
             for label, row in zip(self.labels, self.confusion_matrix, strict=True)
         )
         accuracy = "" if self.accuracy is None else f"accuracy {self.accuracy:.4f}"
-        table = f"<table><caption>true \\ predicted; {accuracy}</caption><tr><th></th>{head}</tr>{rows}</table>"
+        caption = f'<caption style="white-space:nowrap">true \\ predicted; {accuracy}</caption>'
+        table = f"<table>{caption}<tr><th></th>{head}</tr>{rows}</table>"
         return f'<div style="display:flex;gap:2em;align-items:center">{table}{self._roc_svg()}</div>'
 
     def _roc_svg(self) -> str:

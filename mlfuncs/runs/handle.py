@@ -7,7 +7,7 @@ import html
 import time
 from typing import TYPE_CHECKING, Any
 
-from mlfuncs.display import card_html, fold_html, format_duration, format_time, table_html
+from mlfuncs.display import card_html, fold_html, format_bytes, format_duration, format_time, format_value, table_html
 from mlfuncs.errors import Conflict, DeadlineExceeded, MlfuncsError, NotFound
 from mlfuncs.registry import MetricPoint, Registry, RunContents, RunRow
 from mlfuncs.registry.runs import ACTIVE
@@ -228,15 +228,14 @@ class Run:
             "error": self.error,
         }
         parts = []
-        named = {
-            "parameters": self.params,
-            "metrics": self.metrics,
-            "outputs": self.outputs,
-            "artifacts": self.artifacts,
-        }
-        for title, values in named.items():
+        for title, values in {"parameters": self.params, "metrics": self.metrics}.items():
             if values:
                 parts.append(table_html([values], list(values), caption=title))
+        for title, values in {"outputs": self.outputs, "artifacts": self.artifacts}.items():
+            if values:
+                rows = [{"name": name, **_shown(value)} for name, value in values.items()]
+                columns = [column for column in _SHOWN if any(row.get(column) for row in rows)]
+                parts.append(table_html(rows, ["name", *columns], caption=title))
         parts += [_picture(name, value) for name, value in {**self.outputs, **self.artifacts}.items()]
         folds = fold_html("traceback", self.traceback) + fold_html("log", self.logs[-20_000:])
         return card_html(row.function, row.status, facts, "".join(parts) + folds)
@@ -259,6 +258,22 @@ class Run:
         if ended:  # nothing of it changes any more
             self._contents = contents
         return contents
+
+
+_SHOWN = ("value", "kind", "type", "size", "digest")
+
+
+def _shown(value: Any) -> dict[str, Any]:
+    """An output as cells of a table: what it is for an artifact, itself for a plain value."""
+    if isinstance(value, Artifact):
+        name = value.ref.type_name.rpartition(".")[2]
+        return {
+            "kind": value.kind,
+            "type": name,
+            "size": format_bytes(value.ref.size_bytes),
+            "digest": value.digest[:12],
+        }
+    return {"kind": value.kind} if isinstance(value, StepArtifact) else {"value": format_value(value)}
 
 
 def _picture(name: str, value: Any) -> str:

@@ -58,6 +58,7 @@ class Artifact:
 
     def _repr_html_(self) -> str:
         facts = {"type": self.ref.type_name, "size": format_bytes(self.ref.size_bytes), "digest": self.digest[:12]}
+        facts |= {key: self.ref.metadata.get(key) for key in ("rows", "columns", "shape", "dtype", "preview")}
         if self.kind in _PICTURES:
             shown = self.load()
             for form in ("_repr_html_", "_repr_svg_"):

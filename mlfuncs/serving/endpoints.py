@@ -297,14 +297,22 @@ class EndpointList(list[EndpointStatus]):
     def _repr_html_(self) -> str:
         from mlfuncs.display import table_html
 
-        return table_html([status_row(status) for status in self], STATUS_COLUMNS, caption="Endpoints")
+        rows, columns = self._table()
+        return table_html(rows, columns, caption="Endpoints")
 
     def __str__(self) -> str:
         from mlfuncs.display import Table
 
-        return str(Table(STATUS_COLUMNS, tuple(status_row(status) for status in self)))
+        rows, columns = self._table()
+        return str(Table(columns, rows))
 
     __repr__ = __str__
+
+    def _table(self) -> tuple[tuple[dict[str, Any], ...], tuple[str, ...]]:
+        """Rows and columns; without the one for messages while nobody has one."""
+        rows = tuple(status_row(status) for status in self)
+        has_message = any(row["message"] for row in rows)
+        return rows, tuple(column for column in STATUS_COLUMNS if column != "message" or has_message)
 
 
 STATUS_COLUMNS = ("name", "state", "revision", "replicas", "traffic", "url", "message")

@@ -1,7 +1,9 @@
 """Tables and cards: escaped in HTML, readable in a terminal."""
 
 import math
+import re
 
+import pandas as pd
 import pytest
 
 import mlfuncs as ml
@@ -43,6 +45,33 @@ def test_a_known_state_is_shown_in_its_colour():
 def test_a_missing_value_is_an_empty_cell_and_zero_is_not():
     html = table_html([{"a": 0}], ["a", "b"])
     assert ">0</td>" in html and "></td>" in html
+
+
+def test_the_head_of_a_column_of_numbers_stands_above_them():
+    html = table_html([{"auc": None, "name": "a"}, {"auc": 0.5, "name": "b"}], ["auc", "name"])
+    styles = dict(re.findall(r'<th style="[^"]*text-align:(\w+)[^"]*">(\w+)</th>', html))
+    assert styles == {"right": "auc", "left": "name"}
+
+
+def test_a_card_without_a_state_has_no_dot():
+    assert "&#9679;" in card_html("a", "ready", {}) and "&#9679;" not in card_html("a", "", {})
+
+
+def test_the_card_of_a_function_shows_what_was_set_and_nothing_else():
+    @ml.function(scale=ml.Scale(min=1, max=2), requirements=["numpy"])
+    def fit(x: int) -> int:
+        return x
+
+    html = fit._repr_html_()
+    assert "min=1, max=2<" in html and "window_s" not in html and "numpy" in html
+
+
+def test_the_outputs_of_a_run_stand_one_below_the_other():
+    run = ml.run(lambda: {"table": pd.DataFrame({"a": [1, 2]}), "auc": 0.5})
+    html = run._repr_html_()
+    assert all(f">{cell}</td>" in html for cell in ("table", "parquet", "DataFrame", "auc", "0.5"))
+    assert "&lt;artifact" not in html
+    assert ">rows</td>" in run.outputs["table"]._repr_html_()
 
 
 def test_the_best_cells_stand_out():
