@@ -344,6 +344,31 @@ def test_a_post_that_no_worker_read_goes_to_another_one(accepted: bool) -> None:
     with_router(test)
 
 
+def test_a_request_that_its_only_worker_did_not_read_is_sent_there_again() -> None:
+    """A worker may close a kept connection in the moment in which a request is sent on it."""
+
+    async def test(harness: Harness) -> None:
+        path = harness.folder / "once.sock"
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(path))
+        listener.listen()
+        listener.setblocking(False)
+        core, loop = harness.router.core, asyncio.get_running_loop()
+        core.configure([dataclasses.replace(harness.route(), replicas=(Replica("once", "rev-1", str(path)),))])
+        connection = await open_request(harness, "/predict")
+        accepted, _ = await loop.sock_accept(listener)
+        await until(lambda: all(r.upstream and not r.upstream.transport.get_write_buffer_size() for r in core.active))
+        accepted.close()
+        again, _ = await asyncio.wait_for(loop.sock_accept(listener), 20)
+        await loop.sock_recv(again, 65_536)
+        await loop.sock_sendall(again, b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")
+        assert (await connection.reply()).body == b"ok"
+        again.close()
+        listener.close()
+
+    with_router(test)
+
+
 def test_a_socket_that_refuses_is_passed_over_and_tried_again_later() -> None:
     async def test(harness: Harness) -> None:
         worker = await harness.worker()

@@ -252,8 +252,10 @@ class Endpoint:
             self._assign(request, chosen, time.monotonic())
             return
         self._enqueue(request)
-        if request.queued:
-            request.revision.queue.move_to_end(request, last=False)
+        if request.queued:  # first of all, and for the same worker when it is still there in a moment
+            revision = request.revision
+            revision.queue.move_to_end(request, last=False)
+            asyncio.get_running_loop().call_later(_DOWN_S[0], lambda: self.pump(revision))
 
     def lost(self, request: Request, reason: str, *, again: bool) -> None:
         """The connection broke under a request: send it elsewhere when that is safe, else say so."""
