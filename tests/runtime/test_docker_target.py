@@ -6,6 +6,7 @@ import socket
 import subprocess
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,10 @@ SOURCE = """
             return value[::-1]
         if ask == "write":
             open("/opt/x", "w")
+        if ask == "slow":
+            print("it has begun", flush=True)
+            import time
+            time.sleep(60)
         if ask == "memory":
             block = bytearray(600 * 2**20)
             return str(len(block))
@@ -179,6 +184,18 @@ def test_a_container_ends_with_its_process_and_is_replaced(functions, engine):
     os.kill(endpoint.status().replicas[0].pid, 9)
     assert until(lambda: before["Id"] not in [c["Id"] for c in own_containers(engine)])
     assert endpoint.invoke(timeout_s=120) == "10001"
+
+
+def test_a_request_in_flight_when_its_container_is_killed_is_answered_and_the_next_one_served(functions, engine):
+    endpoint = functions("about").with_options(scale=ml.Scale(min=1, max=1)).deploy(target="docker")
+    (found,) = own_containers(engine)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(endpoint.invoke, ask="slow", timeout_s=50)
+        assert until(lambda: "it has begun" in str(endpoint.logs()))
+        engine.call("POST", f"/containers/{found['Id']}/kill?signal=SIGKILL")
+        with pytest.raises(ml.MlfuncsError, match="ended before it answered; the request may have been carried out"):
+            asked.result(45)  # well before the function itself would have answered
+    assert endpoint.invoke(timeout_s=40) == "10001"
 
 
 def test_want_of_memory_is_named(functions, engine):
