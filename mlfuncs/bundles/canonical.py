@@ -99,11 +99,11 @@ class Encoder:
             self._memo[id(value)] = len(self._memo)
             self._alive.append(value)
         try:
-            self.encode_new(value)
+            self._encode_new(value)
         except RecursionError:
             raise BundleError(f"{self.where()} is nested too deeply to be packed") from None
 
-    def encode_new(self, value: Any) -> None:
+    def _encode_new(self, value: Any) -> None:
         """Write a value that was not met before, by the writer of its exact type, its library, or its reduction."""
         kind = type(value)
         writer = self.encoders.get(kind) or (self.encoders.get(type) if isinstance(value, type) else None)
@@ -113,12 +113,12 @@ class Encoder:
         if writer is not None:
             writer(self, value)
         else:
-            self.encode_reduced(value)
+            self._encode_reduced(value)
 
     def note(self, kind: type) -> None:
         """Called with the type of every object that is written: a hook for what must be imported to read it back."""
 
-    def encode_reduced(self, value: Any) -> None:
+    def _encode_reduced(self, value: Any) -> None:
         """Write an object as its class and state, as pickle would take it apart."""
         try:
             reducer = copyreg.dispatch_table.get(type(value))
@@ -132,7 +132,7 @@ class Encoder:
         self.emit("object")
         self.encode(function)
         self.encode(tuple(arguments))
-        self.encode_state(state)
+        self._encode_state(state)
         self.encode(list(items) if items is not None else None)
         self.encode([tuple(pair) for pair in pairs] if pairs is not None else None)
         self.encode(setter)
@@ -142,12 +142,12 @@ class Encoder:
         module = getattr(value, "__module__", None) or pickle.whichmodule(value, name)  # type: ignore[attr-defined]
         self.emit("named", f"{module}:{name}")
 
-    def encode_state(self, state: Any) -> None:
+    def _encode_state(self, state: Any) -> None:
         """Write an object's state; attributes are sorted by name."""
         if isinstance(state, tuple) and len(state) == 2 and isinstance(state[1], dict):
             self.emit("slots")
-            self.encode_state(state[0])
-            self.encode_state(state[1])
+            self._encode_state(state[0])
+            self._encode_state(state[1])
         elif type(state) is dict and all(type(key) is str for key in state):
             self.encode_attributes(state, "attribute")
         else:
