@@ -148,4 +148,4 @@ def test_the_overview_has_what_scripts_read(plan: Any):
     assert values["name"] == "churn"
     assert values["revision"] == "rev-1"
     assert values["replicas"] == [{"id": "r1", "revision": "rev-1", "pid": 7, "state": "ready"}]
-    assert values["load"] == {"desired": 1}
+    assert values["load"] == {"desired": 1, "ready": 1, "draining": 0}
