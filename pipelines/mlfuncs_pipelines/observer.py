@@ -18,7 +18,7 @@ class Observer:
         """An attempt of a step failed, and the step will be tried again."""
 
     def step_logged(self, record: StepRecord, text: str) -> None:
-        """A step printed `text` (whole lines)."""
+        """A step printed `text`, which may end within a line."""
 
     def run_ended(self, run: PipelineRun) -> None:
         """The run is over."""

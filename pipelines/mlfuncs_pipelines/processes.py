@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import json
 import select
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ class Running:
     lock: int | None
     began: float
     log_seen: int = 0
+    decoder: codecs.IncrementalDecoder = field(default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace"))
     deadline: float = float("inf")
     timed_out: bool = False
 
@@ -129,21 +131,23 @@ class Processes:
             running.worker.run(step_id, request)
 
     def _measure(self, running: Running, end: Exit) -> None:
-        self._follow(running)
+        self._follow(running, over=True)
         record = running.record
         record.duration_s = time.monotonic() - running.began
         record.max_rss_mib, record.cpu_s = round(end.max_rss_kib / 1024, 1), round(end.cpu_s, 4)
 
-    def _follow(self, running: Running) -> None:
-        """Pass on what the step has printed since the last look."""
+    def _follow(self, running: Running, over: bool = False) -> None:
+        """Pass on what the step has printed since the last look; half a character waits for the rest of it."""
         if self._logged is None:
             return
+        data = b""
         with contextlib.suppress(FileNotFoundError), open(running.prepared.log, "rb") as file:
             file.seek(running.log_seen)
-            text = file.read()
-            if text:
-                running.log_seen += len(text)
-                self._logged(running.record, text.decode(errors="replace"))
+            data = file.read()
+        running.log_seen += len(data)
+        text = running.decoder.decode(data, final=over)
+        if text:
+            self._logged(running.record, text)
 
 
 def failure(running: Running, end: Exit) -> str:

@@ -4,6 +4,7 @@ a JSON; and what becomes of attempts that fail or are interrupted."""
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,35 @@ def test_the_log_of_a_pipeline_run_is_that_of_its_steps(
     monkeypatch.setattr(sys, "argv", ["mlfuncs", "logs", done.id])
     main()
     assert capsys.readouterr().out == "[says] hello\n[says] and more\n"
+
+
+@ml.function
+def spells(path: str) -> None:
+    os.write(1, b"a\xc3")
+    while not Path(path).exists():
+        time.sleep(0.01)
+    os.write(1, b"\xa9\n\xff")
+
+
+class _Hears(Observer):
+    """Keeps what is printed, and lets `spells` go on once it heard a part of it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.heard = path, ""
+
+    def step_logged(self, record: StepRecord, text: str) -> None:
+        self.heard += text
+        self.path.touch()
+
+
+def test_a_character_that_is_printed_in_two_parts_is_shown_whole(tmp_path: Path) -> None:
+    @ml.pipeline
+    def spelling(path: str):
+        spells(path)
+
+    hears = _Hears(tmp_path / "go")
+    run_pipeline(spelling.ir, {"path": str(hears.path)}, read_settings(), observers=[hears])
+    assert hears.heard == "aé\n\ufffd"
 
 
 @ml.function(retries=1)
