@@ -59,16 +59,15 @@ class Served:
 def sample(store: FeatureStore, found: OnlineFeatures, rate: float, draw: float | None = None) -> bool:
     """Log `found` with probability `rate` (`draw` in [0, 1) instead of chance); whether it was logged.
 
-    A log that cannot be written is said in the process's own log: it is no reason to refuse an answer.
+    What cannot be kept is said in the process's own log: it is no reason to refuse an answer.
     """
     if found.fell_back or not len(found) or (random.random() if draw is None else draw) >= rate:
         return False
-    table = found.to_arrow()
-    for name, statuses in found.statuses.items():
-        table = table.append_column(f"{name}__status", pa.array(statuses, pa.string()))
-    record = framed({"at_us": found.at_us, "references": found.references}, [table])
     try:
-        _keep(store, record)
+        table = found.to_arrow()  # may refuse what callers sent beside keys
+        for name, statuses in found.statuses.items():
+            table = table.append_column(f"{name}__status", pa.array(statuses, pa.string()))
+        _keep(store, framed({"at_us": found.at_us, "references": found.references}, [table]))
     except (OSError, MlfuncsError) as exc:
         log.warning("a served vector could not be kept for the skew check: %s", exc)
         return False

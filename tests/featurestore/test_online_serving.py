@@ -277,6 +277,8 @@ def test_vectors_served_elsewhere_are_kept_in_redis(store, tmp_path, caplog):
     assert check_skew(store).cells == 0
     away = FeatureStore(Settings(home=store.settings.home, project="shop", redis_url="redis://127.0.0.1:1/0"))
     assert not sample(away, found, 1.0) and "could not be kept" in caplog.text
+    mixed = store.get_online_features(["profile:city"], {"user_id": [1, 2], "mine": [1, "x"]})
+    assert not sample(store, mixed, 1.0) and "'mine' holds values of different types" in caplog.text
     there.online.close()
 
 

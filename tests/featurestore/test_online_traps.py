@@ -96,6 +96,19 @@ def test_zero_and_empty_keys_are_keys(make, shared_store, kind, key):
     assert one(shared_store, name, "amount", **{f"{kind}_key": key}) == (1.0, "PRESENT")
 
 
+def test_text_keys_are_taken_as_they_are(make, shared_store):
+    name = make({"amount": "float64"}, [Entity("name", "string")])
+    composed, apart = "caf\u00e9", "cafe\u0301"  # look the same, and are two keys online and offline
+    for amount, key in enumerate([composed, apart, "Cafe", "cafe ", "caf\0", "{x}", "\U0001f600"]):
+        push(shared_store, name, name=key, amount=float(amount))
+    keys = [apart, composed, "caf\0", "{x}", "\U0001f600", "cafe", "caf"]
+    expected = [1.0, 0.0, 4.0, 5.0, 6.0, None, None]
+    assert read(shared_store, name, ["amount"], name=keys).to_dict()["amount"] == expected
+    spine = {"name": keys, "event_timestamp": [NOW] * len(keys)}
+    joined = shared_store.get_historical_features(spine, [f"{name}:amount"]).to_arrow()
+    assert joined["amount"].to_pylist() == expected
+
+
 def test_nan_and_null_are_different(make, shared_store):
     name = make({"amount": "float64"})
     push(shared_store, name, user_id=1, amount=float("nan"))
