@@ -44,7 +44,6 @@ def write(value: Any, sink: BinaryIO) -> dict[str, Any]:
     metadata: dict[str, Any] = {"library": library}
     if library == "polars":
         table = value.to_arrow()
-        metadata["polars_schema"] = _polars_schema(value)
     elif library == "pyarrow":
         table = value
     else:
@@ -77,7 +76,9 @@ def read(source: BinaryIO | Path, metadata: dict[str, Any], library: str | None 
     if library == "pyarrow":
         return table
     if library == "polars":
-        return _to_polars(table, metadata)
+        import polars
+
+        return polars.from_arrow(table)
     return _to_pandas(table, metadata, library)
 
 
@@ -201,16 +202,6 @@ def _restore_labels(frame: Any, metadata: dict[str, Any]) -> Any:
         if f"{axis}_names" in metadata:
             getattr(frame, axis).names = untagged.loads(metadata[f"{axis}_names"].encode())
     return frame
-
-
-def _polars_schema(frame: Any) -> dict[str, str]:
-    return {name: str(dtype) for name, dtype in frame.schema.items()}
-
-
-def _to_polars(table: Any, metadata: dict[str, Any]) -> Any:
-    import polars
-
-    return polars.from_arrow(table)
 
 
 class ParquetCodec:

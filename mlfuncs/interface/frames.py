@@ -36,7 +36,7 @@ def describe(cls: type, args: tuple[Any, ...]) -> Description | None:
     if pandas is not None and issubclass(cls, pandas.DataFrame):
         return cls, "a table (pandas)", _TABLE_SCHEMA, _read_pandas, _write_pandas, None
     if pandas is not None and issubclass(cls, pandas.Series):
-        return cls, "a list of values", {"type": "array"}, _read_series, lambda value: plain(value), None
+        return cls, "a list of values", {"type": "array"}, _read_series, plain, None
     if polars is not None and issubclass(cls, polars.DataFrame):
         read = lambda value: polars.DataFrame(_columns(value), strict=True)  # noqa: E731
         return cls, "a table (polars)", _TABLE_SCHEMA, read, lambda value: plain(value.to_dict(as_series=False)), None
@@ -114,7 +114,7 @@ def _array(cls: type, dtype: Any) -> Description:
         if dtype is not None and not numpy.can_cast(value.dtype, dtype, "safe"):
             raise ValueError(f"should be an array of {dtype}, not of {value.dtype}; convert it with .astype({dtype!s})")
 
-    return cls, "an array", schema, lambda value: read_array(value, dtype), lambda value: plain(value), check
+    return cls, "an array", schema, lambda value: read_array(value, dtype), plain, check
 
 
 def read_array(value: Any, dtype: Any = None) -> Any:
@@ -189,7 +189,7 @@ def _scalar(cls: Any) -> Description:
         return cls(value)
 
     schema = {"type": _NUMBER[kind]} if kind in _NUMBER else {}
-    return cls, f"a {cls.__name__}", schema, read, lambda value: plain(value), None
+    return cls, f"a {cls.__name__}", schema, read, plain, None
 
 
 def _columns(value: Any) -> dict[str, list[Any]]:

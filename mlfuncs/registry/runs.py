@@ -17,7 +17,6 @@ from mlfuncs.registry.schema import runs as table
 from mlfuncs.registry.statements import insert_new, put
 
 ACTIVE = ("pending", "running")
-FINISHED = ("succeeded", "failed", "cancelled")
 
 
 @dataclass(frozen=True)

@@ -134,4 +134,4 @@ def _forget() -> None:
 
 
 os.register_at_fork(after_in_child=_forget)
-atexit.register(lambda: _recorder.finish())
+atexit.register(lambda: recorder().finish())  # the one of this process, also after a fork
