@@ -156,6 +156,7 @@ def few_kept(monkeypatch):
     moments,
     st.booleans(),
 )
+@example([(0, 62, "a", True), (1, 0, "a", False)], 121, True)
 @example([(0, 62, "a", False), (1, 0, "a", False), (1, 0, "b", False), (1, 0, "a", False)], 121, True)
 @example([(0, 62, "a", True), (1, 0, "a", False), (2, 0, "b", False), (3, 0, "a", False)], 121, True)
 def test_compaction_keeps_what_corrections_and_deletes_made(few_kept, history, now, timed):
