@@ -24,7 +24,7 @@ from mlfuncs_pipelines.runner import resume_run, run_pipeline
 from mlfuncs_pipelines.validate import load_pipeline
 
 Run = Callable[..., PipelineRun]
-IMAGE = "python:3.11"
+IMAGE = f"python:{sys.version_info.major}.{sys.version_info.minor}"  # no step needs another Python
 MAIN = "from mlfuncs_pipelines.cli import pipeline; pipeline(prog_name='pipeline')"
 
 
@@ -234,7 +234,7 @@ def test_runs_in_two_threads_do_not_take_each_others_steps(compiled: Any, settin
         import time
 
         open(mine, "w").close()
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while not os.path.exists(other) and time.monotonic() < deadline:
             time.sleep(0.01)
         return mine
@@ -317,7 +317,7 @@ def _start(tmp_path: Path, settings: Settings) -> tuple[subprocess.Popen[str], P
 
 
 def _until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while not condition():
         assert time.monotonic() < deadline, "waited too long"
         time.sleep(0.02)

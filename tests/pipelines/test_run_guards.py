@@ -25,6 +25,8 @@ from mlfuncs_pipelines.worker_pool import WorkerPool
 sys.path.append(str(Path(__file__).parent))
 import own_steps as steps
 
+IMAGE = f"python:{sys.version_info.major}.{sys.version_info.minor}"  # no step needs another Python
+
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,14 +243,14 @@ def test_a_step_that_ends_its_process_fails_whatever_the_code() -> None:
         vanished.run()
 
 
-@dsl.component(base_image="python:3.11")
+@dsl.component(base_image=IMAGE)
 def exits(code: int) -> str:
     import sys
 
     sys.exit(code)
 
 
-@dsl.component(base_image="python:3.11")
+@dsl.component(base_image=IMAGE)
 def exits_without_outputs():
     import sys
 
