@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import gzip
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -178,6 +179,14 @@ def test_awaits_an_async_init_context_and_an_async_handler() -> None:
         "async def handler(context, event):\n    await asyncio.sleep(0)\n    return context.user_data.ready\n"
     )
     assert ask(handler)[2] == b"yes"
+
+
+def test_a_compressed_body_reaches_the_handler_as_it_came() -> None:
+    def handler(context: Any, event: Any) -> bytes:
+        return gzip.decompress(event.body) + event.headers["content-encoding"].encode()
+
+    status, _, body = ask(handler, body=gzip.compress(b"rows"), headers={"Content-Encoding": "gzip"})
+    assert (status, body) == (200, b"rowsgzip")
 
 
 def test_an_error_in_a_handler_is_a_500_without_its_text() -> None:

@@ -18,7 +18,7 @@ from mlfuncs_runtime.supervisor.overview import endpoint_overview
 from mlfuncs_runtime.supervisor.plan import EndpointPlan, Verdict, judge
 
 if TYPE_CHECKING:
-    from mlfuncs_runtime.supervisor.process import Supervisor
+    from mlfuncs_runtime.supervisor.supervisor import Supervisor
 
 LOG_LINES = 20  # shown with a failure
 _MOST_WAIT_S = 30.0

@@ -14,7 +14,8 @@ from mlfuncs_runtime.worker.exchange import Exchange
 from mlfuncs_runtime.worker.failures import handler_failure
 from mlfuncs_runtime.worker.handlers import Handler
 from mlfuncs_runtime.worker.invocation import Invocation
-from mlfuncs_runtime.worker.nuclio import Answer, Context, Event, make_event, to_answer
+from mlfuncs_runtime.worker.nuclio import Context, Event, make_event
+from mlfuncs_runtime.worker.nuclio_answer import Answer, to_answer
 from mlfuncs_runtime.worker.streaming import iterate, iterate_async
 
 
@@ -37,7 +38,7 @@ class NuclioService:
         return result if inspect.isawaitable(result) else None
 
     async def post(self, exchange: Exchange) -> None:
-        """Answer a request of any method and path."""
+        """Answer a request of any method and path. The body stays as it came, also compressed: Nuclio gives it so."""
         body = await exchange.body(self._invocation.options.body_bytes)
         CURRENT_REQUEST.set(exchange)
         event = make_event(exchange.scope, body, exchange.request_id, time.time())
