@@ -13,7 +13,7 @@ Who owns what in this package:
     python_values, ranges                          Python values as Arrow columns; numbers that do not fit (pure)
     tables, quality, profile                       anything tabular to Arrow; checks; statistics (pure)
     offline, delta_tables, delta_files, ingest     Delta Lake tables and the way into them
-    asof, windows, *_kernels                       point-in-time join and windows (pure; numba)
+    asof, windows, window_columns, *_kernels       point-in-time join and windows (pure; numba)
     references, history, handed_in, training       `get_historical_features`, its engines and its record
     online, online_*, stream_windows, redis_*      the latest values in Redis, and the way there
     push, pushlog, flusher, materialize, stream    what brings rows online

@@ -1,6 +1,6 @@
 """Aggregations over sliding windows: one specification, one code for training sets and for serving.
 
-Owns: what an aggregate feature is worth at a moment. Pure; `window_kernels` and `exact_kernels` do the counting.
+Owns: what an aggregate feature is worth at a moment. Pure; the `*_kernels` do the counting.
 
 An event has an event time, a time `known` from which it counts (the later of event and created time), a time `until`
 at which a correction or delete replaced it, and its place in the event order: event time, created time, ingest number.
