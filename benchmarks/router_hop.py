@@ -224,25 +224,31 @@ def main() -> None:
         ports["no hop (the worker itself)"] = direct
         for name, command in commands.items():
             hops[name] = stack.enter_context(running(command, ports[name]))
-        for _ in range(options.rounds):
-            for name, process in hops.items():
-                samples.setdefault(name, []).append(measure(process, ports[name], script, options))
+        for number in range(options.rounds):
+            for name in list(hops)[:: -1 if number % 2 else 1]:  # so that no hop always follows the same one
+                samples.setdefault(name, []).append(measure(hops[name], ports[name], script, options))
     report(samples, options)
 
 
+def _ratio(values: list[float], base: list[float]) -> float | None:
+    """The median of each round's ratio to haproxy; None without haproxy."""
+    return round(statistics.median(own / other for own, other in zip(values, base, strict=True)), 2) if base else None
+
+
 def report(samples: dict[str, list[tuple[float, float]]], options: argparse.Namespace) -> None:
-    """Print the medians as a table, and write them as JSON."""
+    """Print the medians as a table, and write them as JSON. The ratio is the median of each round's own."""
+    base = [cpu for cpu, _ in samples.get("haproxy", [])]
     medians = {
         name: {
             "cpu_us_per_request": round(statistics.median(cpu for cpu, _ in values), 1),
             "requests_per_s": round(statistics.median(rate for _, rate in values)),
+            "to_haproxy": _ratio([cpu for cpu, _ in values], base),
         }
         for name, values in samples.items()
     }
-    base = medians.get("haproxy", {}).get("cpu_us_per_request")
     print("| hop | CPU us per request | to haproxy | requests/s |\n|---|---|---|---|")
     for name, values in medians.items():
-        ratio = f"{values['cpu_us_per_request'] / base:.2f}" if base else "-"
+        ratio = values["to_haproxy"] or "-"
         print(f"| {name} | {values['cpu_us_per_request']} | {ratio} | {values['requests_per_s']} |")
     if options.json:
         options.json.write_text(json.dumps(medians, indent=2) + "\n")

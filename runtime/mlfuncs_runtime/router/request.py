@@ -116,7 +116,7 @@ class Plan:
 class Request:
     """A request with its body so far and its place in the router. `status` is 0 until an answer is known."""
 
-    # Slots without defaults of the class: Python 3.11 reads and writes an attribute that has one five times slower.
+    # Slots without defaults of the class, whose look-ups Python 3.11 does not specialise: 3 % of the router's own time.
     __slots__ = (
         "arrived_s",
         "attempts",
