@@ -97,7 +97,7 @@ def locate(name: str) -> Located | None:
 
 def _find_spec(name: str) -> importlib.machinery.ModuleSpec | None:
     module = sys.modules.get(name)
-    spec = getattr(module, "__spec__", None)
+    spec: importlib.machinery.ModuleSpec | None = getattr(module, "__spec__", None)
     if spec is not None:
         return spec
     file = getattr(module, "__file__", None)
@@ -129,7 +129,7 @@ def _read_source(name: str, spec: importlib.machinery.ModuleSpec) -> bytes:
     try:
         if spec.origin and Path(spec.origin).is_file():
             return Path(spec.origin).read_bytes()
-        text = loader.get_source(name)
+        text: str | None = loader.get_source(name)
     except (OSError, ImportError, AttributeError, UnicodeDecodeError) as exc:
         raise BundleError(f"the source of module {name!r} cannot be read from {spec.origin}: {exc}") from exc
     if text is None:
