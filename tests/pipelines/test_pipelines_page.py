@@ -21,7 +21,7 @@ def test_the_page_runs_as_it_is_written(tmp_path: Path) -> None:
     program = Path(sys.executable).parent
     environment["PATH"] = f"{program}{os.pathsep}{environment['PATH']}"
     for words in (["python", "-W", "ignore", "use.py"], *(line.split("#")[0].split() for line in shell.splitlines())):
-        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
+        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, (words, done.stdout, done.stderr)
         if "--json" in words:
             assert json.loads(done.stdout)["status"] == "succeeded"
