@@ -70,7 +70,7 @@ class ZygoteUnderTest:
         self.process = subprocess.Popen([*command, "--control", self.control], env=environ, cwd=folder)
 
     def wait_loaded(self) -> ZygoteUnderTest:
-        wait_for(lambda: self.process.poll() is not None or os.path.exists(self.control), 60)
+        wait_for(lambda: self.process.poll() is not None or os.path.exists(self.control), 180)
         assert self.process.poll() is None, self.log_path.read_text()
         return self
 
@@ -97,7 +97,7 @@ class ZygoteUnderTest:
         config.write_text(json.dumps(json.loads((self.folder / "zygote.json").read_text()) | {"socket": path}))
         command = [sys.executable, "-m", "mlfuncs_runtime.worker.process", "--config", str(config)]
         self.spawned.append(subprocess.Popen(command, env=self.environ, cwd=self.folder))
-        wait_for(lambda: _ready(path), 60)
+        wait_for(lambda: _ready(path), 180)
         return path
 
     def stop(self) -> None:
