@@ -17,6 +17,7 @@ from mlfuncs.settings import read_settings
 from mlfuncs_runtime.control import ControlClient
 from mlfuncs_runtime.supervisor.places import make_places
 from mlfuncs_runtime.supervisor.router_process import RouterProcess
+from mlfuncs_runtime.supervisor.supervisor import repeat
 
 PATIENCE_S = 120.0
 
@@ -68,3 +69,18 @@ def test_a_router_whose_port_is_taken_for_a_while_comes_back_when_it_is_free(
             second.stop()
 
     asyncio.run(run())
+
+
+def test_what_the_supervisor_does_by_the_clock_goes_on_after_a_failure(caplog: pytest.LogCaptureFixture) -> None:
+    tries: list[int] = []
+
+    async def step() -> None:
+        tries.append(len(tries))
+        if len(tries) < 3:
+            raise ZeroDivisionError("nobody expects it")
+        raise asyncio.CancelledError
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(repeat(step, 0))
+    assert len(tries) == 3
+    assert caplog.text.count("nobody expects it") >= 2

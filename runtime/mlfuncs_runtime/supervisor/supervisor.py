@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from typing import Any
 
 from mlfuncs.errors import MlfuncsError, SpecError, Unavailable
@@ -44,6 +44,16 @@ REGISTRY_EVERY_S = 2.0
 HEALTH_EVERY_S = 5.0
 LOG_BYTES = 64 * 2**20  # an endpoint's log is moved aside once when it is larger
 _STOP_S = 10.0
+
+
+async def repeat(step: Callable[[], Awaitable[None]], pause_s: float = TICK_S) -> None:
+    """Run `step` again and again, also after it failed, which is logged: what fails once may succeed the next time."""
+    while True:
+        try:
+            await step()
+        except Exception:  # a server loop
+            log.exception("a part of the supervisor failed; trying again")
+            await asyncio.sleep(pause_s)
 
 
 class Supervisor:
@@ -87,7 +97,11 @@ class Supervisor:
         self._start_sentinel()
         self._stop_old_sentinel(state)  # not sooner: until now it would have started another one in our place
         self._background(
-            self.router.watch(), self._tick(), self._watch_registry(), self._check_health(), self._passes()
+            self.router.watch(),
+            repeat(self._tick),
+            repeat(self._watch_registry),
+            repeat(self._check_health),
+            self._passes(),
         )
         on_ready()
         await self.stopping.wait()
@@ -213,32 +227,29 @@ class Supervisor:
     # --- what happens by the clock
 
     async def _tick(self) -> None:
-        while True:
-            await asyncio.sleep(EARLY_TICK_S)
-            if not self.scaler.is_pressed:
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(TICK_S - EARLY_TICK_S):
-                        await self._pressed.wait()
-            self._pressed.clear()
-            try:
-                stats = await self.router.stats()
-            except MlfuncsError:
-                continue  # the router is being restarted: no data is not zero load
-            if self.scaler.tick(self.desired.plans.values(), self.books.observe(), stats, time.monotonic()):
-                self.wake()
+        await asyncio.sleep(EARLY_TICK_S)
+        if not self.scaler.is_pressed:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(TICK_S - EARLY_TICK_S):
+                    await self._pressed.wait()
+        self._pressed.clear()
+        try:
+            stats = await self.router.stats()
+        except MlfuncsError:
+            return  # the router is being restarted: no data is not zero load
+        if self.scaler.tick(self.desired.plans.values(), self.books.observe(), stats, time.monotonic()):
+            self.wake()
 
     async def _watch_registry(self) -> None:
-        while True:
-            await asyncio.sleep(REGISTRY_EVERY_S)
-            await self.refresh()
+        await asyncio.sleep(REGISTRY_EVERY_S)
+        await self.refresh()
 
     async def _check_health(self) -> None:
-        while True:
-            await asyncio.sleep(HEALTH_EVERY_S)
-            await self.fleet.check_health()
-            await asyncio.to_thread(rotate_logs, self.places.logs / "endpoints", LOG_BYTES)
-            if self._sentinel is not None and not self._sentinel.is_alive():
-                self._start_sentinel()
+        await asyncio.sleep(HEALTH_EVERY_S)
+        await self.fleet.check_health()
+        await asyncio.to_thread(rotate_logs, self.places.logs / "endpoints", LOG_BYTES)
+        if self._sentinel is not None and not self._sentinel.is_alive():
+            self._start_sentinel()
 
     # --- life and death
 
