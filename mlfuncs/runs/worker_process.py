@@ -5,13 +5,14 @@ from __future__ import annotations
 import codecs
 import json
 import os
-import select
 import signal
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from mlfuncs.readiness import readable
 
 END_OF_OUTPUT = "\0mlfuncs-end\0"  # the child prints it after a run; it is never shown
 _DRAIN_S = 5.0  # how long to wait for output after the child said that a run is done
@@ -76,8 +77,7 @@ class Child:
 
     def wait(self, timeout_s: float) -> bool:
         """Whether the run is done and all it printed was read. Raises ChildDied."""
-        ready, _, _ = select.select([self._answers], [], [], timeout_s)
-        if not ready:
+        if not readable([self._answers], timeout_s):
             return False
         if not os.read(self._answers, 4096):
             self._pump.join(_DRAIN_S)

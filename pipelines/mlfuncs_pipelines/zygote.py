@@ -53,6 +53,14 @@ def _load_beside(name):
     return module
 
 
+def readable(descriptors, timeout_ms=None):
+    """Those with something to read; `select.select` would take none above 1023, and the engine may have many open."""
+    poll = select.poll()
+    for descriptor in descriptors:
+        poll.register(descriptor, select.POLLIN)
+    return [descriptor for descriptor, _ in poll.poll(timeout_ms)]
+
+
 step_child = _load_beside("step_child")
 # what `signal.signal` calls; the enums that it makes of everything cost a child a hundred page faults
 _set_handler = importlib.import_module("_signal").signal
@@ -79,8 +87,8 @@ class Zygote:
     def serve(self):
         """Answer messages until the engine is gone."""
         while True:
-            ready, _, _ = select.select([self.connection, self.wake_read], [], [])
-            if self.connection in ready and not self.receive():
+            ready = readable([self.connection.fileno(), self.wake_read])
+            if self.connection.fileno() in ready and not self.receive():
                 self.end_children()
                 os._exit(0)
             if self.wake_read in ready:
@@ -197,7 +205,7 @@ class Zygote:
             signal_group(pid, signal.SIGTERM)
         deadline = time.monotonic() + _GRACE_S
         while self.children and time.monotonic() < deadline:
-            select.select([self.wake_read], [], [], 0.05)
+            readable([self.wake_read], 50)
             self.reap()
         for pid in self.children:
             signal_group(pid, signal.SIGKILL)

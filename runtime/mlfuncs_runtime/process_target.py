@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlfuncs.errors import Conflict, DeployFailed, MlfuncsError, NotFound, Unavailable
+from mlfuncs.readiness import readable
 from mlfuncs.serving.client import error_of
 from mlfuncs.serving.targets import EndpointStatus, ReplicaStatus, Report, router_url
 from mlfuncs.settings import Settings
@@ -161,8 +161,7 @@ class ProcessTarget:
             )
         os.close(writer)
         with os.fdopen(reader, "rb") as file:
-            ready, _, _ = select.select([file], [], [], START_S)
-            line = file.readline() if ready else b""
+            line = file.readline() if readable([reader], START_S) else b""
         child.wait()  # the supervisor itself is a child of that one, so that none of ours is left as a zombie
         answer = json.loads(line) if line else {}
         if answer and not (answer["already_runs"] and self._answers_soon(START_S)):  # another process was quicker

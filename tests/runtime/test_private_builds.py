@@ -7,7 +7,6 @@ import datetime
 import http.server
 import io
 import ipaddress
-import select
 import socket
 import ssl
 import subprocess
@@ -17,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from mlfuncs.loading import load_target
+from mlfuncs.readiness import readable
 from mlfuncs.serving.revision_config import RevisionConfig
 from mlfuncs.settings import read_settings
 from mlfuncs_runtime.images.base import find_source
@@ -47,14 +47,14 @@ class Proxy(http.server.BaseHTTPRequestHandler):
             self.led.append(self.path)
             self.send_response(200)
             self.end_headers()
-            ends = {self.connection: far, far: self.connection}
+            ends = {self.connection.fileno(): (self.connection, far), far.fileno(): (far, self.connection)}
             with contextlib.suppress(OSError):  # an end that goes away
                 while True:
-                    for near in select.select(list(ends), [], [])[0]:
+                    for near, other in (ends[one] for one in readable(ends)):
                         part = near.recv(65536)
                         if not part:
                             return
-                        ends[near].sendall(part)
+                        other.sendall(part)
 
     def log_message(self, *_arguments):
         pass
