@@ -70,9 +70,6 @@ def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("MLFUNCS_HOME", str(folder / "home"))
     monkeypatch.setenv("MLFUNCS_PROJECT", "test")
     yield folder / "home"
-    database = sys.modules.get("mlfuncs.registry.database")
-    for one in list(database._OPEN) if database else ():
-        one.close()  # its idle connections: each is three open files, and there are thousands of tests
     shutil.rmtree(folder, ignore_errors=True)
 
 
