@@ -249,7 +249,7 @@ def test_restarts_on_the_same_listener_lose_no_request(home: Path) -> None:
 
 
 @pytest.mark.slow
-def test_50_000_requests_leak_neither_descriptors_nor_memory(home: Path, require: Require) -> None:
+def test_100_000_requests_leak_neither_descriptors_nor_memory(home: Path, require: Require) -> None:
     require("wrk", shutil.which("wrk"))
 
     async def main() -> None:
@@ -277,15 +277,14 @@ def test_50_000_requests_leak_neither_descriptors_nor_memory(home: Path, require
             router = psutil.Process(running.pid)
             await requests(5_000)
             before = (router.num_fds(), router.memory_info().rss)
-            await requests(50_000)
-            await asyncio.sleep(0.1)
-            after = (router.num_fds(), router.memory_info().rss)
+            await requests(100_000)
+            await until(lambda: router.num_fds() <= before[0] + 2)  # the last connections take their time to close
+            grown = router.memory_info().rss - before[1]
         worker.kill()
         listener.close()
-        assert after[0] <= before[0] + 2
-        assert after[1] - before[1] < 4 * 2**20
+        assert grown < 4 * 2**20
 
-    run(main(), timeout_s=240)
+    run(main(), timeout_s=500)
 
 
 def test_wakes_the_supervisor_and_serves_once_it_is_told_of_a_worker(home: Path) -> None:
