@@ -70,6 +70,8 @@ def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("MLFUNCS_HOME", str(folder / "home"))
     monkeypatch.setenv("MLFUNCS_PROJECT", "test")
     yield folder / "home"
+    if recorder := sys.modules.get("mlfuncs.runs.recorder"):
+        recorder.recorder().finish()  # what a run put off would find its registry gone, and say so in the next test
     shutil.rmtree(folder, ignore_errors=True)
 
 
