@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -242,12 +243,25 @@ def test_the_sentinel_tries_on_while_the_port_of_the_router_is_taken(own_home: S
         wait_until(lambda pid=pid: not is_running(pid), "the end")
     log = own_home.home / "logs" / "supervisor.log"
     port = int(router["url"].rpartition(":")[2])
-    with socket.create_server(("127.0.0.1", port)):
+    with _listener(port):
         os.kill(sentinel, signal.SIGCONT)
         wait_until(lambda: log.read_text().count(f"port {port} of 127.0.0.1 is taken") >= 2, "two tries", 120)
     wait_until(lambda: _answers(port), "the router", 120)
     assert served.invoke(3) == 3
     assert target().overview()["router"]["url"] == router["url"]
+
+
+def _listener(port: int) -> socket.socket:
+    """A listener on `port`, once no connection of another test has it any more."""
+    taken: list[socket.socket] = []
+
+    def take() -> bool:
+        with contextlib.suppress(OSError):
+            taken.append(socket.create_server(("127.0.0.1", port)))
+        return bool(taken)
+
+    wait_until(take, "the port", 120)
+    return taken[0]
 
 
 def _answers(port: int) -> bool:
