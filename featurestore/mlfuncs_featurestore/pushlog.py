@@ -24,9 +24,10 @@ from typing import Any
 import pyarrow as pa
 
 from mlfuncs.errors import StorageError
+from mlfuncs.files import sync_folder
 from mlfuncs.settings import Settings, ensure_home
 from mlfuncs_featurestore.checkpoints import reached
-from mlfuncs_featurestore.pushlog_records import framed, read_records, sync_file, sync_folder
+from mlfuncs_featurestore.pushlog_records import framed, read_records, sync_file
 
 REMEMBERED = 50_000  # ids kept after their rows were committed, so that a repeated push or stream entry is known
 

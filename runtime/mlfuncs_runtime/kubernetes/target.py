@@ -242,6 +242,7 @@ def wanted_revisions(row: EndpointRow) -> list[str]:
 
 
 def condition_of(found: Manifest, kind: str) -> dict[str, Any] | None:
+    """The condition of that type in an object's status; None while its controller has not set one."""
     conditions = (found.get("status") or {}).get("conditions") or ()
     return next((condition for condition in conditions if condition["type"] == kind), None)
 
