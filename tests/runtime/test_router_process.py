@@ -53,7 +53,7 @@ def test_stats_tell_load_by_second_and_empty_what_they_told() -> None:
             await connection.reply()
         again = (await harness.control({"op": "stats"}))["endpoints"]["predict"]["revisions"]["rev-1"]
         assert sum(bucket[2] for bucket in again["buckets"]) == 0
-        assert 1.0 <= again["p50_s"] <= again["p99_s"]
+        assert 1.0 <= again["p50_s"] <= again["p99_s"] <= 2.5
 
     with_router(test)
 
@@ -265,7 +265,7 @@ def test_100_000_requests_leak_neither_descriptors_nor_memory(home: Path, requir
             sent = 0
             while sent < least:
                 load = await asyncio.create_subprocess_exec(
-                    *("wrk", "-t1", "-c16", "-d1s", "--timeout", "60s", url), stdout=asyncio.subprocess.PIPE
+                    *("wrk", "-t1", "-c16", "-d1s", url), stdout=asyncio.subprocess.PIPE
                 )
                 out = (await load.communicate())[0].decode()
                 assert "Non-2xx" not in out
